@@ -1,0 +1,214 @@
+"""Adaptive sparse attention: a router weighs experts that attend to their top-k keys only.
+
+The method and nothing else; it needs torch alone. In the order of reading:
+
+    topk_attention         every query keeps its k_attend best keys
+    SparseAttentionExpert  multi-head top-k attention with projections of its own
+    TokenRouter            one probability per expert for each token
+    AdaptiveAttentionMoE   the experts, weighed by the router, and the merge projection
+    load_balancing_loss    keeps every expert in use
+
+Shapes: B images, N tokens, D = d_model, H heads of d_head = D / H channels, E experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def topk_attention(query, key, value, k_attend, dropout_p=0.0):
+    """Scaled dot-product attention in which every query attends to its top-k keys.
+
+    softmax over {j : s_ij among the k_attend largest of row i}, with s = query keyᵀ / √d_head
+    ("Explicit Sparse Transformer", Zhao et al. 2019, equations 4 to 6). The selection is exact.
+    Keys that tie with the k-th largest score are all kept, so that the result never depends on
+    the order of the keys. The selected values are never gathered: scores below each row's k-th
+    largest are masked, and plain matrix products do the rest.
+
+    Args:
+        query: [..., N_q, d_head].
+        key: [..., N_k, d_head].
+        value: [..., N_k, d_value].
+        k_attend: keys kept per query, at least 1; at N_k and above this is dense attention.
+        dropout_p: probability of dropping an attention weight, 0 to disable.
+
+    Returns:
+        [..., N_q, d_value].
+
+    Raises:
+        ValueError: k_attend is below 1.
+    """
+    if k_attend < 1:
+        raise ValueError(f"k_attend must be at least 1, got {k_attend}")
+    if k_attend >= key.shape[-2]:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [..., N_q, N_k]
+    with torch.no_grad():  # the selection has no gradient of its own
+        kept = scores.topk(k_attend, dim=-1, sorted=False).values
+        dropped = scores < kept.amin(dim=-1, keepdim=True)
+    weights = scores.masked_fill_(dropped, float("-inf")).softmax(dim=-1)
+    return F.dropout(weights, dropout_p, training=dropout_p > 0) @ value
+
+
+class SparseAttentionExpert(nn.Module):
+    """Multi-head self-attention in which every query and head keeps its top-k keys.
+
+    Args:
+        d_model: channels of a token, D.
+        num_heads: heads, H; has to divide d_model.
+        k_attend: keys kept per query and head, capped at the number of tokens.
+        dropout: dropout probability of the attention weights while training, in [0, 1).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, d_model=128, num_heads=4, k_attend=32, dropout=0.0):
+        super().__init__()
+        if d_model < 1 or num_heads < 1 or d_model % num_heads:
+            raise ValueError(
+                f"num_heads must divide d_model, got d_model={d_model}, num_heads={num_heads}"
+            )
+        if k_attend < 1:
+            raise ValueError(f"k_attend must be at least 1, got {k_attend}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.num_heads = num_heads
+        self.k_attend = k_attend
+        self.dropout = dropout
+        self.query = nn.Linear(d_model, d_model)
+        self.key = nn.Linear(d_model, d_model)
+        self.value = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        """[B, N, D] -> [B, N, D]."""
+        return self.out_proj(attend_as_one([self], x))
+
+
+def attend_as_one(experts, x):
+    """Attention of experts that share one k_attend, before their output projections.
+
+    Their query, key and value projections run as one matrix product and their heads as one
+    attention call over G·H heads, which is the same mathematics in fewer and larger steps.
+
+    Args:
+        experts: G experts; num_heads, dropout and the capped k_attend of the first hold for all.
+        x: [B, N, D].
+
+    Returns:
+        [B, N, G·D], the experts' heads side by side.
+    """
+    first = experts[0]
+    projections = [getattr(e, name) for name in ("query", "key", "value") for e in experts]
+    weight = torch.cat([p.weight for p in projections])  # [3·G·D, D]
+    bias = torch.cat([p.bias for p in projections])
+    batch, tokens, d_model = x.shape
+    heads, d_head = len(experts) * first.num_heads, d_model // first.num_heads
+    qkv = F.linear(x, weight, bias).view(batch, tokens, 3, heads, d_head)
+    query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))  # each [B, G·H, N, d_head]
+    dropout_p = first.dropout if first.training else 0.0
+    attended = topk_attention(query, key, value, first.k_attend, dropout_p)
+    return attended.transpose(1, 2).flatten(2)
+
+
+class TokenRouter(nn.Module):
+    """Reads each token and gives it one probability per expert: D -> D/2 -> ReLU -> E -> softmax.
+
+    Args:
+        d_model: channels of a token, at least 2.
+        num_experts: experts to choose among, at least 1.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, d_model=128, num_experts=3):
+        super().__init__()
+        if d_model < 2 or num_experts < 1:
+            raise ValueError(
+                "d_model must be at least 2 and num_experts at least 1, "
+                f"got d_model={d_model}, num_experts={num_experts}"
+            )
+        self.mlp = nn.Sequential(
+            nn.Linear(d_model, d_model // 2), nn.ReLU(), nn.Linear(d_model // 2, num_experts)
+        )
+
+    def forward(self, x):
+        """[B, N, D] -> routing probabilities [B, N, E]; each token's sum to 1."""
+        return self.mlp(x).softmax(dim=-1)
+
+
+class AdaptiveAttentionMoE(nn.Module):
+    """Mixture of sparse attention experts: merge(Σ_e p_e · expert_e(x)), p = router(x).
+
+    Every expert sees every token ("soft" routing), so the router is trained by plain
+    backpropagation.
+
+    Args:
+        d_model: channels of a token, D.
+        num_heads: heads of each expert; has to divide d_model.
+        k_attend: one budget per expert, any number of them in any order. A budget at or above
+            the number of tokens makes its expert dense.
+        dropout: dropout probability of the attention weights while training, in [0, 1).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(self, d_model=128, num_heads=4, k_attend=(32, 64, 128), dropout=0.0):
+        super().__init__()
+        if len(k_attend) < 1:
+            raise ValueError(f"k_attend needs one budget per expert, got {tuple(k_attend)}")
+        self.router = TokenRouter(d_model, len(k_attend))
+        self.experts = nn.ModuleList(
+            SparseAttentionExpert(d_model, num_heads, k, dropout) for k in k_attend
+        )
+        self.merge = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        """Args: x, [B, N, D]. Returns: output [B, N, D], routing probabilities [B, N, E].
+
+        Raises:
+            ValueError: x is not [B, N, D].
+
+        Between an expert's attention and the output stand only linear maps and the routing
+        weight: merge(Σ_e p_e (W_e a_e + b_e)) = Σ_e (W_m W_e)(p_e a_e) + W_m Σ_e p_e b_e + b_m.
+        So each output projection is folded into the merge projection, a product of two small
+        matrices in place of one over all tokens.
+        """
+        d_model = self.merge.in_features
+        if x.ndim != 3 or x.shape[-1] != d_model:
+            raise ValueError(f"expected tokens of shape [B, N, {d_model}], got {list(x.shape)}")
+        batch, tokens, _ = x.shape
+        routing = self.router(x)
+
+        groups = {}  # experts that keep the same number of keys attend together
+        for index, expert in enumerate(self.experts):
+            groups.setdefault(min(expert.k_attend, tokens), []).append(index)
+
+        out_bias = torch.stack([expert.out_proj.bias for expert in self.experts])  # [E, D]
+        output = F.linear(routing, self.merge.weight @ out_bias.T, self.merge.bias)
+        for indices in groups.values():
+            experts = [self.experts[i] for i in indices]
+            attended = attend_as_one(experts, x).view(batch, tokens, len(experts), d_model)
+            weighed = attended * routing[..., indices].unsqueeze(-1)  # [B, N, G, D]
+            out_weight = torch.cat([expert.out_proj.weight for expert in experts], dim=1)
+            output = output + F.linear(weighed.flatten(2), self.merge.weight @ out_weight)
+        return output, routing
+
+
+def load_balancing_loss(routing):
+    """KL(uniform ‖ mean routing probability) / E: zero when all experts carry the same load.
+
+    Args:
+        routing: probabilities [..., E]; the mean is taken over all leading dimensions.
+
+    Returns:
+        Scalar, at least 0 (up to rounding). Its gradient pushes probability to experts that are
+        used less than 1/E.
+    """
+    num_experts = routing.shape[-1]
+    load = routing.flatten(0, -2).mean(dim=0)
+    load = load.clamp_min(torch.finfo(load.dtype).tiny)  # log stays finite after a collapse
+    return -(load * num_experts).log().mean() / num_experts

@@ -1,0 +1,169 @@
+"""What the scripts share on the command line: options, error messages, safe writing of files."""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+CHECKPOINT = "best_denoising_model_proper.pt"
+
+
+class UserError(Exception):
+    """Something the user can put right; run_main prints its one sentence, without a traceback."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def number(kind, least, strictly=False):
+    """argparse type: a finite int or float of at least `least` (above it when strictly)."""
+    words = f"{'above' if strictly else 'at least'} {least}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (value > least if strictly else value >= least) or value == float("inf"):
+            noun = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a {noun} {words}, got '{text}'")
+        return value
+
+    return parse
+
+
+def share(text):
+    """argparse type: a float in [0, 1]."""
+    value = number(float, 0)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got '{text}'")
+    return value
+
+
+def make_parser(description, *options):
+    """A parser with those of the collection's common options that a script names.
+
+    The same word has the same meaning, default and unit in every script.
+    """
+    known = {
+        "dataset": dict(
+            default="cifar10",
+            metavar="cifar10|photos|FOLDER",
+            help="images: CIFAR-10; crops of the photographs inside scikit-image, which need no "
+            "download; or a folder with train/ and test/ image files",
+        ),
+        "data-dir": dict(
+            default="./data", metavar="DIR", help="where CIFAR-10 is or gets downloaded to"
+        ),
+        "epochs": dict(type=number(int, 1), default=30, help="passes over the training images"),
+        "batch-size": dict(type=number(int, 1), default=64, help="images per step"),
+        "lr": dict(type=number(float, 0, True), default=1e-3, help="initial learning rate"),
+        "noise-level": dict(
+            type=number(float, 0),
+            default=0.2,
+            help="standard deviation σ of the Gaussian noise, for pixel values in [0, 1]",
+        ),
+        "seed": dict(
+            type=number(int, 0),
+            default=42,
+            help="seed of initialisation, train/validation split, data order and training noise",
+        ),
+        "device": dict(
+            default="auto",
+            choices=["auto", "cpu", "cuda", "mps"],
+            help="auto takes cuda, else mps, else cpu",
+        ),
+        "threads": dict(
+            type=number(int, 1), default=None, help="CPU threads (default: what torch chooses)"
+        ),
+        "checkpoint": dict(default=CHECKPOINT, metavar="FILE", help="trained model to read"),
+    }
+    parser = _Parser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for option in options:
+        parser.add_argument(f"--{option}", **known[option])
+    return parser
+
+
+def select_device(name):
+    """The torch.device for `--device`.
+
+    Raises:
+        UserError: the device does not exist on this machine.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        there = " or ".join(device for device, there in available.items() if there)
+        raise UserError(f"--device {name}: this machine has none; use {there}")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def replace_when_complete(path):
+    """Yields a temporary path beside `path`; renames it to `path` when the block succeeds.
+
+    The temporary name keeps the suffix, from which matplotlib takes the format.
+
+    Raises:
+        UserError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; create it")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    try:
+        handle, temporary = tempfile.mkstemp(path.suffix, f".{path.stem}.", path.parent)
+        os.close(handle)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0o600 would hide the file from a group
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+    try:
+        yield Path(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def check_writable(path):
+    """Fails now, not after an hour of work, if `path` could not be written.
+
+    Raises:
+        UserError: as replace_when_complete does.
+    """
+    with contextlib.suppress(_Abandon), replace_when_complete(path):
+        raise _Abandon
+
+
+class _Abandon(Exception):
+    pass
+
+
+def run_main(main):
+    """Runs a script's main(); bad input ends in one sentence on stderr and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,780 @@
+"""Trains the denoiser, keeps the best checkpoint, tests it and prints the results.
+
+    python denoising_experiment_proper.py                    # CIFAR-10, the published recipe
+    python denoising_experiment_proper.py --dataset photos   # without a network
+
+The experiment in the order of reading: data (NoisyImageDataset), model (SmallViT), evaluation,
+checkpoints, training loop, command line.
+"""
+
+import csv
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
+from tqdm import tqdm
+
+from adaptive_attention_moe import AdaptiveAttentionMoE, load_balancing_loss
+from command_line import (
+    CHECKPOINT,
+    UserError,
+    check_writable,
+    make_parser,
+    replace_when_complete,
+    run_main,
+    select_device,
+    share,
+)
+from image_sources import load_images
+
+matplotlib.use("Agg")  # figures go to files, also where there is no display
+
+BALANCE_WEIGHT = 0.01  # of the load-balancing loss, per block
+WEIGHT_DECAY = 1e-4
+CLIP_NORM = 1.0
+EVAL_BATCH = 64  # fixed, so that a figure never depends on how a script batches
+
+# ---------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------
+
+
+class NoisyImageDataset(torch.utils.data.Dataset):
+    """Clean images and their noisy versions: noisy = clamp(clean + σ·N(0, 1), 0, 1).
+
+    The images stay one uint8 tensor. There are two kinds of noise, both reproducible:
+    `dataset[i]` and `batches()` give image i the same noise whatever the batch size, the order,
+    the device or the run (validation and test); `shuffled_batches(epoch)` draws fresh noise in
+    every epoch (training).
+
+    Args:
+        split: image_sources.Split.
+        noise_level: σ, at least 0, for pixel values in [0, 1].
+        stream: a number that keeps the noise of one split apart from that of another.
+
+    Raises:
+        ValueError: noise_level is negative or the images are not uint8 [n, 3, h, w].
+    """
+
+    def __init__(self, split, noise_level=0.2, stream=0):
+        if not noise_level >= 0:
+            raise ValueError(f"noise_level must be at least 0, got {noise_level}")
+        if split.images.dtype != torch.uint8 or split.images.ndim != 4:
+            raise ValueError(
+                "expected uint8 images of shape [n, 3, h, w], got "
+                f"{split.images.dtype} {list(split.images.shape)}"
+            )
+        self.split = split
+        self.noise_level = noise_level
+        self.stream = stream
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, index):
+        """(noisy, clean, label): float32 [3, h, w] in [0, 1] twice, and a scalar int64."""
+        index = range(len(self))[index]
+        return tuple(t[0] for t in self._batch_with_own_noise(range(index, index + 1)))
+
+    def batches(self, batch_size=EVAL_BATCH):
+        """All images in order, each with its own noise: (noisy, clean, labels) batches."""
+        for start in range(0, len(self), batch_size):
+            yield self._batch_with_own_noise(range(start, min(start + batch_size, len(self))))
+
+    def shuffled_batches(self, batch_size, seed, epoch, lossless_share=None, start=0):
+        """One epoch of training: (noisy, clean, labels) batches, shuffled, with fresh noise.
+
+        Order and noise depend on (seed, epoch, step) alone, so that a run can stop after any step
+        and go on from there as if it had never stopped.
+
+        Args:
+            batch_size: images per batch; the last batch may be smaller.
+            seed: of order and noise.
+            epoch: number of the epoch.
+            lossless_share: part of the epoch's samples to draw from losslessly stored images;
+                None takes every image once.
+            start: batches to skip.
+        """
+        order = self._order(_generator(seed, epoch), lossless_share)
+        for step, indices in enumerate(order.split(batch_size)):
+            if step >= start:
+                noise = torch.randn(
+                    (len(indices), *self.split.images.shape[1:]),
+                    generator=_generator(seed, epoch, step),
+                )
+                yield self._add(noise, indices)
+
+    def _order(self, generator, lossless_share):
+        if lossless_share is None:
+            return torch.randperm(len(self), generator=generator)
+        wanted = round(lossless_share * len(self))
+        drawn = []
+        for stored_lossless, count in ((True, wanted), (False, len(self) - wanted)):
+            pool = (self.split.lossless == stored_lossless).nonzero().flatten()
+            while count > 0:  # a pool smaller than its share is gone through again
+                drawn.append(pool[torch.randperm(len(pool), generator=generator)][:count])
+                count -= len(drawn[-1])
+        drawn = torch.cat(drawn)
+        return drawn[torch.randperm(len(drawn), generator=generator)]
+
+    def _batch_with_own_noise(self, indices):
+        shape = self.split.images.shape[1:]
+        noise = [
+            np.random.default_rng((self.stream, index)).standard_normal(shape, dtype=np.float32)
+            for index in indices
+        ]
+        return self._add(torch.from_numpy(np.stack(noise)), torch.tensor(indices))
+
+    def _add(self, noise, indices):
+        clean = self.split.images[indices].float() / 255
+        noisy = noise.mul_(self.noise_level).add_(clean).clamp_(0, 1)
+        return noisy, clean, self.split.labels[indices]
+
+
+def _generator(*key):
+    """A torch generator seeded by several numbers, mixed by numpy's SeedSequence."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def noisy_splits(source, noise_level):
+    """(train, val, test) NoisyImageDatasets of an image source, with noise of their own."""
+    splits = (source.train, source.val, source.test)
+    return tuple(NoisyImageDataset(s, noise_level, stream) for stream, s in enumerate(splits))
+
+
+# ---------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: x + MoE(LN(x)), then x + FFN(LN(x)).  [B, N, D] -> [B, N, D], routing."""
+
+    def __init__(self, d_model, num_heads, d_ff, k_attend, dropout):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d_model)
+        self.attention = AdaptiveAttentionMoE(d_model, num_heads, k_attend, dropout)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.ffn = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
+
+    def forward(self, x):
+        attended, routing = self.attention(self.norm1(x))
+        x = x + attended
+        return x + self.ffn(self.norm2(x)), routing
+
+
+class SmallViT(nn.Module):
+    """Vision transformer that maps a noisy image to a clean one; 599,689 parameters by default.
+
+    Args:
+        image_size: side of the square input, pixels.
+        patch_size: side of a patch, pixels; has to divide image_size.
+        in_channels: colour channels.
+        d_model: channels of a token.
+        num_layers: transformer blocks.
+        num_heads: attention heads of each expert.
+        d_ff: hidden channels of the feed-forward network.
+        k_attend: budget of each expert; their number is the number of experts.
+        dropout: of the attention weights while training.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        image_size=32,
+        patch_size=4,
+        in_channels=3,
+        d_model=128,
+        num_layers=2,
+        num_heads=4,
+        d_ff=256,
+        k_attend=(32, 64, 128),
+        dropout=0.0,
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        if patch_size < 1 or image_size < 1 or image_size % patch_size:
+            raise ValueError(
+                "patch_size must divide image_size, got "
+                f"image_size={image_size}, patch_size={patch_size}"
+            )
+        self.grid = image_size // patch_size
+        self.patch_embed = nn.Conv2d(in_channels, d_model, patch_size, stride=patch_size)
+        self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(d_model, num_heads, d_ff, k_attend, dropout) for _ in range(num_layers)
+        )
+        self.patch_unembed = nn.ConvTranspose2d(d_model, in_channels, patch_size, patch_size)
+        # Every block starts as the identity. Otherwise near-uniform attention adds the mean of all
+        # tokens to each, and training sits for hundreds of steps where patches are denoised alone.
+        for block in self.blocks:
+            for last in (block.attention.merge, block.ffn[-1]):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+
+    def forward(self, noisy, return_routing=False):
+        """Denoises images.
+
+        Args:
+            noisy: [B, 3, image_size, image_size] in [0, 1].
+            return_routing: also return what the routers decided.
+
+        Returns:
+            Images of the same shape, in [0, 1] in evaluation mode. In training mode the output is
+            not clamped: a clamp has no gradient outside its range, and runs died of it. With
+            return_routing, a tuple of the images and the list of each block's routing
+            probabilities [B, N, E].
+
+        Raises:
+            ValueError: the images have another shape.
+        """
+        side, channels = self.config["image_size"], self.config["in_channels"]
+        if noisy.ndim != 4 or noisy.shape[1:] != (channels, side, side):
+            raise ValueError(
+                f"expected images [B, {channels}, {side}, {side}], got {list(noisy.shape)}"
+            )
+        x = self.patch_embed(noisy).flatten(2).transpose(1, 2) + self.position  # [B, N, D]
+        routings = []
+        for block in self.blocks:
+            x, routing = block(x)
+            routings.append(routing)
+        x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, D, grid, grid]
+        image = self.patch_unembed(x)
+        if not self.training:
+            image = image.clamp(0, 1)
+        return (image, routings) if return_routing else image
+
+
+def count_parameters(model):
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` measured.
+
+    Attributes:
+        mse: mean squared error over all pixels, images in [0, 1].
+        noisy_psnr: float64 [n], dB, of the noisy images.
+        psnr: float64 [n], dB, of the denoised images.
+        ssim: float64 [n], of the denoised images.
+        utilisation: float64 [blocks, E], mean routing probability of each expert.
+    """
+
+    mse: float
+    noisy_psnr: np.ndarray
+    psnr: np.ndarray
+    ssim: np.ndarray
+    utilisation: np.ndarray
+
+    def summary(self):
+        """The figures that a checkpoint stores, as plain numbers."""
+        return {
+            "mse": self.mse,
+            "noisy_psnr_mean": float(self.noisy_psnr.mean()),
+            "psnr_mean": float(self.psnr.mean()),
+            "psnr_std": float(self.psnr.std()),
+            "ssim_mean": float(self.ssim.mean()),
+            "ssim_std": float(self.ssim.std()),
+            "images": len(self.psnr),
+            "utilisation": self.utilisation.tolist(),
+        }
+
+
+def psnr(restored, clean):
+    """PSNR in dB of one image by scikit-image; arrays [3, h, w] in [0, 1]."""
+    with np.errstate(divide="ignore"):  # equal images have an infinite PSNR
+        return peak_signal_noise_ratio(clean, restored, data_range=1.0)
+
+
+def ssim(restored, clean):
+    """SSIM of one image by scikit-image, 7×7 window; arrays [3, h, w] in [0, 1]."""
+    return structural_similarity(clean, restored, data_range=1.0, channel_axis=0)
+
+
+def denoise_batches(model, dataset, device):
+    """Yields (noisy, restored, clean, routings) of every batch, in evaluation mode.
+
+    The images come back on the CPU: float32 [B, 3, h, w] in [0, 1]. routings is the list of each
+    block's routing probabilities [B, N, E], on `device`.
+    """
+    model.eval()
+    with torch.inference_mode():
+        for noisy, clean, _ in dataset.batches():
+            restored, routings = model(noisy.to(device), return_routing=True)
+            yield noisy, restored.cpu(), clean, routings
+
+
+def validation_mse(model, dataset, device):
+    """Mean squared error over all pixels of the dataset."""
+    total = sum(
+        F.mse_loss(restored, clean).item() * len(clean)
+        for _, restored, clean, _ in denoise_batches(model, dataset, device)
+    )
+    return total / len(dataset)
+
+
+def evaluate(model, dataset, device):
+    """Denoises a whole dataset and measures every image.
+
+    Args:
+        model: SmallViT on `device`; it is left in evaluation mode.
+        dataset: NoisyImageDataset.
+        device: torch.device.
+
+    Returns:
+        Evaluation.
+    """
+    squared_error, scores, load = 0.0, [], 0.0
+    with tqdm(total=len(dataset), desc="testing", unit="img", leave=False, disable=None) as bar:
+        for noisy, restored, clean, routings in denoise_batches(model, dataset, device):
+            squared_error += F.mse_loss(restored, clean).item() * len(clean)
+            for x, y, target in zip(noisy.numpy(), restored.numpy(), clean.numpy(), strict=True):
+                scores.append((psnr(x, target), psnr(y, target), ssim(y, target)))
+            load += torch.stack([r.mean(1).sum(0) for r in routings]).cpu().numpy()
+            bar.update(len(clean))
+    scores = np.array(scores, dtype=np.float64).T
+    return Evaluation(squared_error / len(dataset), *scores, load / len(dataset))
+
+
+def result_line(psnr, ssim, dataset_name):
+    """The line that ends every script which evaluates."""
+    return (
+        f"PSNR {psnr.mean():.2f} ± {psnr.std():.2f} dB   "
+        f"SSIM {ssim.mean():.4f} ± {ssim.std():.4f}   "
+        f"images {len(psnr)}   dataset {dataset_name}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+
+def save_atomically(state, path):
+    """torch.save to a temporary file, then rename: `path` is never half written."""
+    with replace_when_complete(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path, keys=("model", "config")):
+    """Reads a file that this script wrote, without running code from it.
+
+    Args:
+        path: the file.
+        keys: what it has to hold.
+
+    Returns:
+        dict with the model's state_dict ("model"), its "config", and what is known about its
+        training: dataset, recipe, epoch, val_mse, test metrics, seed, versions.
+
+    Raises:
+        UserError: the file is missing, damaged, unsafe, or no checkpoint of this collection.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; train one or name another with --checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is damaged or holds more than tensors and plain values, which could run code "
+            "when loaded; use a checkpoint that denoising_experiment_proper.py wrote"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError):
+        raise UserError(
+            f"{path} is not a complete checkpoint (truncated or another kind of file); "
+            "copy or train it again"
+        ) from None
+    if not isinstance(checkpoint, dict) or not set(keys) <= checkpoint.keys():
+        raise UserError(
+            f"{path} does not hold {', '.join(keys)}; "
+            "use a checkpoint that denoising_experiment_proper.py wrote"
+        )
+    return checkpoint
+
+
+def model_of(checkpoint, path):
+    """The SmallViT of a loaded checkpoint, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: configuration and weights do not make a SmallViT; `path` is named in it.
+    """
+    try:
+        model = SmallViT(**checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        raise UserError(
+            f"{path} is of another architecture than SmallViT here; "
+            "use a checkpoint that denoising_experiment_proper.py wrote"
+        ) from None
+    return model.eval()
+
+
+def load_model(path):
+    """The trained SmallViT of a checkpoint file, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: as load_checkpoint and model_of do.
+    """
+    return model_of(load_checkpoint(path), path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunFiles:
+    """The files of a run, named after its checkpoint."""
+
+    checkpoint: Path
+
+    def __post_init__(self):
+        stem = self.checkpoint.with_suffix("")
+        self.history = Path(f"{stem}_history.csv")
+        self.curve = Path(f"{stem}_curve.png")
+        self.resume = Path(f"{stem}_resume.pt")
+        self.all = (self.checkpoint, self.history, self.curve, self.resume)
+
+    def check(self):
+        """Raises UserError now if they could not be written at the end."""
+        for path in self.all:
+            check_writable(path)
+
+    def keep_existing(self):
+        """Renames what an earlier run left under these names; nothing is overwritten."""
+        paths = [p for p in self.all if p.exists()]
+        number = 1
+        while any(_numbered(p, number).exists() for p in paths):
+            number += 1
+        for path in paths:
+            os.replace(path, _numbered(path, number))
+            print(f"kept the existing {path} as {_numbered(path, number)}")
+
+
+def _numbered(path, number):
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def write_history(history, files):
+    """Writes the learning curve of a run as CSV and as a picture."""
+    with replace_when_complete(files.history) as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0].keys())
+        writer.writeheader()
+        writer.writerows(history)
+    epochs = [row["epoch"] for row in history]
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, label in (("train_mse", "training"), ("val_mse", "validation")):
+        axis.plot(epochs, [-10 * math.log10(row[name]) for row in history], ".-", label=label)
+    best = min(history, key=lambda row: row["val_mse"])
+    axis.axvline(best["epoch"], color="grey", lw=0.8, ls=":", label=f"best: {best['epoch']}")
+    axis.set(xlabel="epoch", ylabel="PSNR of the mean squared error (dB)", title="Learning curve")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    with replace_when_complete(files.curve) as path:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+class StopRequest:
+    """Turns Ctrl-C and SIGTERM into a request that the training loop meets between two steps."""
+
+    def __enter__(self):
+        self.asked = False
+        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, self.previous[number])  # asked twice, it stops at once
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def train(model, train_set, val_set, args, files, device, recipe, describe):
+    """Trains until args.epochs are done, keeping the best checkpoint by validation loss.
+
+    Args:
+        model: SmallViT on `device`.
+        train_set, val_set: NoisyImageDataset.
+        args: epochs, batch_size, lr, seed, lossless_share and resume of the command line.
+        files: RunFiles.
+        device: torch.device.
+        recipe: dict of all that decides the result; a run resumes only under the same recipe.
+        describe: function(model state_dict, epoch, val_mse) -> checkpoint dict.
+
+    Returns:
+        (history, seconds): one dict per epoch, and the training time. The history is shorter than
+        args.epochs when the user asked to stop.
+
+    Raises:
+        UserError: the loss is not finite any more, or there is nothing to resume.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=device.type != "mps"
+    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    progress = {"epoch": 1, "step": 0, "loss_sums": [0.0, 0.0], "seconds": 0.0, "history": []}
+    if args.resume:
+        progress = _resume(files, recipe, model, optimizer, scheduler)
+    else:
+        files.keep_existing()
+
+    def save_progress():
+        save_atomically(
+            {
+                "recipe": recipe,
+                "progress": progress,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+            },
+            files.resume,
+        )
+
+    history = progress["history"]
+    steps = math.ceil(len(train_set) / args.batch_size)
+    done = (progress["epoch"] - 1) * steps + progress["step"]
+    bar = tqdm(
+        total=args.epochs * steps, initial=done, unit="step", disable=None, dynamic_ncols=True
+    )
+    recent = deque(maxlen=50)
+    with StopRequest() as stop, bar:
+        while progress["epoch"] <= args.epochs:
+            epoch, started = progress["epoch"], time.perf_counter()
+            bar.set_description(f"epoch {epoch}/{args.epochs}")
+            model.train()
+            for noisy, clean, _ in train_set.shuffled_batches(
+                args.batch_size, args.seed, epoch, args.lossless_share, progress["step"]
+            ):
+                noisy, clean = noisy.to(device), clean.to(device)
+                restored, routings = model(noisy, return_routing=True)
+                mse = F.mse_loss(restored, clean)
+                balance = sum(load_balancing_loss(routing) for routing in routings)
+                loss = mse + BALANCE_WEIGHT * balance
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+                optimizer.step()
+
+                progress["step"] += 1
+                recent.append(mse.item())
+                if not math.isfinite(loss.item()):
+                    kept = f"{files.checkpoint} keeps the best model so far" if history else ""
+                    raise UserError(
+                        f"the loss became {loss.item()} in epoch {epoch}, step {progress['step']}; "
+                        f"{kept or 'no epoch was complete'}; try a smaller --lr than {args.lr:g}"
+                    )
+                progress["loss_sums"][0] += recent[-1] * len(clean)
+                progress["loss_sums"][1] += balance.item() * len(clean)
+                mean = sum(recent) / len(recent)
+                bar.set_postfix_str(f"mse {mean:.4f}, {-10 * math.log10(mean):.2f} dB", False)
+                bar.update()
+                if stop.asked:
+                    break
+            progress["seconds"] += time.perf_counter() - started
+            if stop.asked and progress["step"] < steps:
+                save_progress()
+                if not history:  # the first epoch was cut short: its model is the best there is
+                    val_mse = validation_mse(model, val_set, device)
+                    save_atomically(describe(model.state_dict(), epoch, val_mse), files.checkpoint)
+                break
+
+            val_mse = validation_mse(model, val_set, device)
+            history.append(
+                {
+                    "epoch": epoch,
+                    "train_mse": progress["loss_sums"][0] / len(train_set),
+                    "val_mse": val_mse,
+                    "balance_loss": progress["loss_sums"][1] / len(train_set),
+                    "lr": scheduler.get_last_lr()[0],
+                    "seconds": progress["seconds"],
+                }
+            )
+            bar.write(
+                f"epoch {epoch:3d}  train {history[-1]['train_mse']:.5f}  val {val_mse:.5f} "
+                f"({-10 * math.log10(val_mse):.2f} dB)  lr {history[-1]['lr']:.1e}  "
+                f"{progress['seconds']:.0f} s",
+                file=sys.stdout,
+            )
+            sys.stdout.flush()
+            if val_mse == min(row["val_mse"] for row in history):
+                save_atomically(describe(model.state_dict(), epoch, val_mse), files.checkpoint)
+            scheduler.step()
+            progress |= {"epoch": epoch + 1, "step": 0, "loss_sums": [0.0, 0.0]}
+            save_progress()
+            write_history(history, files)
+            if stop.asked:
+                break
+    return history, progress["seconds"]
+
+
+def _resume(files, recipe, model, optimizer, scheduler):
+    if not files.resume.exists():
+        raise UserError(
+            f"--resume: there is no interrupted run at {files.resume}; start one without --resume"
+        )
+    state = load_checkpoint(files.resume, ("recipe", "progress", "model", "optimizer", "scheduler"))
+    for name, value in recipe.items():
+        if state["recipe"].get(name) != value:
+            raise UserError(
+                f"--resume: the interrupted run had {name} {state['recipe'].get(name)}, this one "
+                f"has {value}; repeat its options, or start a new run without --resume"
+            )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return state["progress"]
+
+
+def results_box(rows):
+    """A framed table of (name, value) strings."""
+    width = max(len(name) for name, _ in rows)
+    lines = [f" {name:<{width}}  {value} " for name, value in rows]
+    inner = max(map(len, lines))
+    title = " FINAL RESULTS "
+    return "\n".join(
+        [f"╔{title:═^{inner}}╗", *(f"║{line:<{inner}}║" for line in lines), f"╚{'═' * inner}╝"]
+    )
+
+
+def parse_args():
+    parser = make_parser(
+        "Trains SmallViT to remove Gaussian noise, keeps the best checkpoint by validation loss "
+        "and tests it. Writes FILE, and beside it FILE's name with _history.csv, _curve.png and, "
+        "until the run is complete, _resume.pt.",
+        *("dataset", "data-dir", "epochs", "batch-size", "lr", "noise-level", "seed", "device"),
+        "threads",
+    )
+    parser.add_argument("--output", default=CHECKPOINT, metavar="FILE", help="checkpoint to write")
+    parser.add_argument(
+        "--lossless-share",
+        type=share,
+        metavar="SHARE",
+        help="for a folder that mixes lossless and lossy (JPEG, WebP) files: part of the training "
+        "samples to draw from the lossless ones, which alone then serve for validation "
+        "(default: all files alike)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the interrupted run of the same --output"
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = select_device(args.device)
+    files = RunFiles(Path(args.output))
+    files.check()
+    source = load_images(args.dataset, args.data_dir, args.seed)
+    if args.lossless_share is not None:
+        for split in (source.train, source.val):
+            if split.lossless.all() or not split.lossless.any():
+                raise UserError(
+                    f"--lossless-share: {source.name} does not mix lossless and lossy files; "
+                    "drop the option"
+                )
+        source.val = source.val[source.val.lossless]
+    train_set, val_set, test_set = noisy_splits(source, args.noise_level)
+
+    torch.manual_seed(args.seed)
+    model = SmallViT().to(device)
+    recipe = {
+        "dataset": source.name,
+        "train_images": len(train_set),
+        "val_images": len(val_set),
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "noise_level": args.noise_level,
+        "lossless_share": args.lossless_share,
+        "seed": args.seed,
+    }
+    print(
+        f"{source.name}: {len(train_set):,} training, {len(val_set):,} validation, "
+        f"{len(test_set):,} test images; {count_parameters(model):,} parameters on {device}"
+    )
+
+    def describe(state_dict, epoch, val_mse):
+        return {
+            "model": state_dict,
+            "config": model.config,
+            "recipe": recipe,
+            "epoch": epoch,
+            "val_mse": val_mse,
+            "torch_version": str(torch.__version__),
+        }
+
+    history, seconds = train(model, train_set, val_set, args, files, device, recipe, describe)
+    if len(history) < args.epochs:
+        print(
+            f"stopped; the run's state is in {files.resume}, the best model so far in "
+            f"{files.checkpoint}; to go on, repeat the command with --resume"
+        )
+        return 130
+
+    checkpoint = load_checkpoint(files.checkpoint)
+    result = evaluate(model_of(checkpoint, files.checkpoint).to(device), test_set, device)
+    checkpoint |= {"test": result.summary(), "train_seconds": seconds}
+    save_atomically(checkpoint, files.checkpoint)
+    files.resume.unlink(missing_ok=True)
+    print(
+        results_box(
+            [
+                (
+                    "data set",
+                    f"{source.name}, {len(test_set):,} test images, σ = {args.noise_level:g}",
+                ),
+                ("parameters", f"{count_parameters(model):,}"),
+                ("training", f"{args.epochs} epochs in {seconds / 60:.1f} min on {device}"),
+                (
+                    "best epoch",
+                    f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}",
+                ),
+                (
+                    "noisy PSNR",
+                    f"{result.noisy_psnr.mean():.2f} ± {result.noisy_psnr.std():.2f} dB",
+                ),
+                ("denoised PSNR", f"{result.psnr.mean():.2f} ± {result.psnr.std():.2f} dB"),
+                ("denoised SSIM", f"{result.ssim.mean():.4f} ± {result.ssim.std():.4f}"),
+                *(
+                    (f"experts, block {block}", " / ".join(f"{100 * p:.1f} %" for p in load))
+                    for block, load in enumerate(result.utilisation, 1)
+                ),
+            ]
+        )
+    )
+    print(f"wrote {files.checkpoint}, {files.history} and {files.curve}")
+    print(result_line(result.psnr, result.ssim, source.name))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
