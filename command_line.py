@@ -55,8 +55,8 @@ def make_parser(description, *options):
         "dataset": dict(
             default="cifar10",
             metavar="cifar10|photos|FOLDER",
-            help="images: CIFAR-10; crops of the photographs inside scikit-image, which need no "
-            "download; or a folder with train/ and test/ image files",
+            help="CIFAR-10; crops of the photographs inside scikit-image, which need no download; "
+            "or a folder with train/ and test/ image files",
         ),
         "data-dir": dict(
             default="./data", metavar="DIR", help="where CIFAR-10 is or gets downloaded to"
@@ -80,24 +80,38 @@ def make_parser(description, *options):
             help="auto takes cuda, else mps, else cpu",
         ),
         "threads": dict(
-            type=number(int, 1), default=None, help="CPU threads (default: what torch chooses)"
+            type=number(int, 1), default=None, help="CPU threads (default: as torch chooses)"
         ),
         "checkpoint": dict(default=CHECKPOINT, metavar="FILE", help="trained model to read"),
     }
-    parser = _Parser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    if "checkpoint" in options:  # a script that reads a model takes these from it
+        known["dataset"]["default"] = known["noise-level"]["default"] = None
+        known["dataset"]["help"] += " (default: photos for a model trained on them, else cifar10)"
+        known["noise-level"]["help"] += " (default: that of the training)"
+    parser = _Parser(description=description)
     for option in options:
-        parser.add_argument(f"--{option}", **known[option])
+        settings = known[option]
+        if settings["default"] is not None:
+            settings["help"] += " (default: %(default)s)"
+        parser.add_argument(f"--{option}", **settings)
     return parser
 
 
-def select_device(name):
-    """The torch.device for `--device`.
+def add_output(parser, default, what):
+    """The option --output, with the same words in every script."""
+    parser.add_argument(
+        "--output", default=default, metavar="FILE", help=f"{what} (default: %(default)s)"
+    )
+
+
+def select_device(name, threads=None):
+    """The torch.device for `--device`; also sets torch's CPU threads to `--threads`.
 
     Raises:
         UserError: the device does not exist on this machine.
     """
+    if threads:
+        torch.set_num_threads(threads)
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

@@ -31,6 +31,7 @@ from adaptive_attention_moe import AdaptiveAttentionMoE, load_balancing_loss
 from command_line import (
     CHECKPOINT,
     UserError,
+    add_output,
     check_writable,
     make_parser,
     replace_when_complete,
@@ -149,10 +150,26 @@ def _generator(*key):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def noisy_splits(source, noise_level):
-    """(train, val, test) NoisyImageDatasets of an image source, with noise of their own."""
-    splits = (source.train, source.val, source.test)
-    return tuple(NoisyImageDataset(s, noise_level, stream) for stream, s in enumerate(splits))
+def noisy_splits(source, noise_level, lossless_share=None):
+    """(train, val, test) NoisyImageDatasets of an image source, with noise of their own.
+
+    With a lossless_share, validation is left to the losslessly stored images.
+
+    Raises:
+        UserError: a lossless_share is given, but there are not both kinds of files.
+    """
+    train, val, test = source.train, source.val, source.test
+    if lossless_share is not None:
+        if any(split.lossless.all() or not split.lossless.any() for split in (train, val)):
+            raise UserError(
+                f"--lossless-share: {source.name} does not mix lossless and lossy files in "
+                "training and validation; drop the option"
+            )
+        val = val[val.lossless]
+    return tuple(
+        NoisyImageDataset(split, noise_level, stream)
+        for stream, split in enumerate((train, val, test))
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -320,10 +337,10 @@ def denoise_batches(model, dataset, device):
     block's routing probabilities [B, N, E], on `device`.
     """
     model.eval()
-    with torch.inference_mode():
-        for noisy, clean, _ in dataset.batches():
+    for noisy, clean, _ in dataset.batches():
+        with torch.inference_mode():
             restored, routings = model(noisy.to(device), return_routing=True)
-            yield noisy, restored.cpu(), clean, routings
+        yield noisy, restored.cpu(), clean, routings
 
 
 def validation_mse(model, dataset, device):
@@ -378,7 +395,7 @@ def save_atomically(state, path):
         torch.save(state, temporary)
 
 
-def load_checkpoint(path, keys=("model", "config")):
+def load_checkpoint(path, keys=("model", "config", "recipe", "epoch", "val_mse")):
     """Reads a file that this script wrote, without running code from it.
 
     Args:
@@ -438,6 +455,33 @@ def load_model(path):
         UserError: as load_checkpoint and model_of do.
     """
     return model_of(load_checkpoint(path), path)
+
+
+def load_for_evaluation(args):
+    """What a script that reads a model starts with.
+
+    Args:
+        args: checkpoint, dataset, data_dir, noise_level (None: the model's), device and threads of
+            the command line.
+
+    Returns:
+        (checkpoint dict, SmallViT on the device, ImageSource, σ, device).
+
+    Raises:
+        UserError: one of them cannot be had.
+    """
+    device = select_device(args.device, args.threads)
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = model_of(checkpoint, args.checkpoint).to(device)
+    recipe = checkpoint["recipe"]
+    dataset = args.dataset or ("photos" if recipe["dataset"] == "photos" else "cifar10")
+    source = load_images(dataset, args.data_dir, recipe["seed"])
+    noise_level = recipe["noise_level"] if args.noise_level is None else args.noise_level
+    print(
+        f"{args.checkpoint}: {count_parameters(model):,} parameters, epoch {checkpoint['epoch']} "
+        f"of {recipe['epochs']}, trained on {recipe['dataset']} with σ = {recipe['noise_level']:g}"
+    )
+    return checkpoint, model, source, noise_level, device
 
 
 # ---------------------------------------------------------------------------------------------
@@ -516,6 +560,33 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def make_optimizer(model, lr):
+    """AdamW of the published recipe."""
+    on_mps = next(model.parameters()).device.type == "mps"  # where torch has no fused kernel
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY, fused=not on_mps)
+
+
+def training_step(model, optimizer, noisy, clean):
+    """One step on a batch.
+
+    Args:
+        model: SmallViT in training mode.
+        optimizer: of its parameters.
+        noisy, clean: [B, 3, h, w] on the model's device.
+
+    Returns:
+        (mean squared error, sum of the blocks' load-balancing losses), floats.
+    """
+    restored, routings = model(noisy, return_routing=True)
+    mse = F.mse_loss(restored, clean)
+    balance = sum(load_balancing_loss(routing) for routing in routings)
+    optimizer.zero_grad()
+    (mse + BALANCE_WEIGHT * balance).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    return mse.item(), balance.item()
+
+
 def train(model, train_set, val_set, args, files, device, recipe, describe):
     """Trains until args.epochs are done, keeping the best checkpoint by validation loss.
 
@@ -535,9 +606,7 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
     Raises:
         UserError: the loss is not finite any more, or there is nothing to resume.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, weight_decay=WEIGHT_DECAY, fused=device.type != "mps"
-    )
+    optimizer = make_optimizer(model, args.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     progress = {"epoch": 1, "step": 0, "loss_sums": [0.0, 0.0], "seconds": 0.0, "history": []}
     if args.resume:
@@ -573,25 +642,18 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
                 args.batch_size, args.seed, epoch, args.lossless_share, progress["step"]
             ):
                 noisy, clean = noisy.to(device), clean.to(device)
-                restored, routings = model(noisy, return_routing=True)
-                mse = F.mse_loss(restored, clean)
-                balance = sum(load_balancing_loss(routing) for routing in routings)
-                loss = mse + BALANCE_WEIGHT * balance
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-                optimizer.step()
-
+                mse, balance = training_step(model, optimizer, noisy, clean)
                 progress["step"] += 1
-                recent.append(mse.item())
-                if not math.isfinite(loss.item()):
+                if not math.isfinite(mse + balance):
                     kept = f"{files.checkpoint} keeps the best model so far" if history else ""
                     raise UserError(
-                        f"the loss became {loss.item()} in epoch {epoch}, step {progress['step']}; "
-                        f"{kept or 'no epoch was complete'}; try a smaller --lr than {args.lr:g}"
+                        f"the loss became {mse + BALANCE_WEIGHT * balance} in epoch {epoch}, "
+                        f"step {progress['step']}; {kept or 'no epoch was complete'}; "
+                        f"try a smaller --lr than {args.lr:g}"
                     )
-                progress["loss_sums"][0] += recent[-1] * len(clean)
-                progress["loss_sums"][1] += balance.item() * len(clean)
+                progress["loss_sums"][0] += mse * len(clean)
+                progress["loss_sums"][1] += balance * len(clean)
+                recent.append(mse)
                 mean = sum(recent) / len(recent)
                 bar.set_postfix_str(f"mse {mean:.4f}, {-10 * math.log10(mean):.2f} dB", False)
                 bar.update()
@@ -671,7 +733,7 @@ def parse_args():
         *("dataset", "data-dir", "epochs", "batch-size", "lr", "noise-level", "seed", "device"),
         "threads",
     )
-    parser.add_argument("--output", default=CHECKPOINT, metavar="FILE", help="checkpoint to write")
+    add_output(parser, CHECKPOINT, "checkpoint to write")
     parser.add_argument(
         "--lossless-share",
         type=share,
@@ -688,21 +750,11 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = select_device(args.device)
+    device = select_device(args.device, args.threads)
     files = RunFiles(Path(args.output))
     files.check()
     source = load_images(args.dataset, args.data_dir, args.seed)
-    if args.lossless_share is not None:
-        for split in (source.train, source.val):
-            if split.lossless.all() or not split.lossless.any():
-                raise UserError(
-                    f"--lossless-share: {source.name} does not mix lossless and lossy files; "
-                    "drop the option"
-                )
-        source.val = source.val[source.val.lossless]
-    train_set, val_set, test_set = noisy_splits(source, args.noise_level)
+    train_set, val_set, test_set = noisy_splits(source, args.noise_level, args.lossless_share)
 
     torch.manual_seed(args.seed)
     model = SmallViT().to(device)

@@ -1,0 +1,159 @@
+"""Layer 1: shapes through every component, gradients to every parameter, dtypes, odd sizes."""
+
+import pytest
+import torch
+
+from adaptive_attention_moe import (
+    AdaptiveAttentionMoE,
+    SparseAttentionExpert,
+    TokenRouter,
+    load_balancing_loss,
+    topk_attention,
+)
+from denoising_experiment_proper import SmallViT, count_parameters
+
+
+@pytest.mark.parametrize("k_attend", [1, 5, 7, 100])
+def test_topk_attention_shape(seeded, k_attend):
+    query, key, value = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 6)
+    assert topk_attention(query, key, value, k_attend).shape == (2, 3, 5, 6)
+
+
+def test_router_shape_and_parameters():
+    router = TokenRouter(128, 3)
+    assert router(torch.randn(2, 9, 128)).shape == (2, 9, 3)
+    assert count_parameters(router) == 8_451
+
+
+def test_expert_shape_and_parameters():
+    expert = SparseAttentionExpert(128, 4, 32)
+    assert expert(torch.randn(2, 9, 128)).shape == (2, 9, 128)
+    assert count_parameters(expert) == 66_048
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 17, 100])
+def test_moe_takes_any_number_of_tokens(moe, tokens):
+    output, routing = moe(torch.randn(2, tokens, 24, dtype=torch.float64))
+    assert output.shape == (2, tokens, 24)
+    assert routing.shape == (2, tokens, 3)
+
+
+@pytest.mark.parametrize("budgets", [(3,), (1, 2, 3, 4, 5), (9, 2)])
+def test_moe_takes_any_number_of_experts(seeded, budgets):
+    output, routing = AdaptiveAttentionMoE(16, 2, budgets)(torch.randn(1, 6, 16))
+    assert output.shape == (1, 6, 16)
+    assert routing.shape == (1, 6, len(budgets))
+
+
+def test_moe_takes_an_empty_batch(moe):
+    assert moe(torch.zeros(0, 16, 24, dtype=torch.float64))[0].shape == (0, 16, 24)
+
+
+def test_default_model_has_the_published_parameters():
+    model = SmallViT()
+    block = model.blocks[0]
+    assert count_parameters(model) == 599_689
+    assert count_parameters(model.patch_embed) == 6_272
+    assert model.position.numel() == 8_192
+    assert count_parameters(block) == 289_539
+    assert count_parameters(block.attention.experts) == 198_144
+    assert count_parameters(block.attention.merge) == 16_512
+    assert count_parameters(block.ffn) == 65_920
+    assert count_parameters(model.patch_unembed) == 6_147
+
+
+def test_vit_shapes(vit):
+    image, routings = vit(torch.rand(2, 3, 32, 32), return_routing=True)
+    assert image.shape == (2, 3, 32, 32)
+    assert [r.shape for r in routings] == [(2, 64, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"image_size": 48},
+        {"image_size": 12, "patch_size": 2},
+        {"in_channels": 1, "num_layers": 1},
+        {"d_model": 20, "num_heads": 5, "d_ff": 7, "k_attend": (3, 300)},
+    ],
+)
+def test_vit_of_other_sizes(config):
+    model = SmallViT(**config)
+    shape = (2, model.config["in_channels"], model.config["image_size"], model.config["image_size"])
+    assert model(torch.rand(shape)).shape == shape
+
+
+def test_gradients_reach_every_parameter(vit):
+    image, routings = vit(torch.rand(2, 3, 32, 32), return_routing=True)
+    (image.square().mean() + sum(map(load_balancing_loss, routings))).backward()
+    for name, parameter in vit.named_parameters():
+        if name.endswith("key.bias"):
+            continue  # it shifts all scores of a query alike, which no softmax and no top-k sees
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 1e-9, name
+
+
+def test_gradients_reach_the_input(moe):
+    x = torch.randn(2, 16, 24, dtype=torch.float64, requires_grad=True)
+    moe(x)[0].square().sum().backward()
+    assert (x.grad.abs().sum(-1) > 0).all()
+
+
+def test_training_starts_where_gradients_can_move(seeded):
+    """Zero-initialised branches are the identity, yet their last layers get a gradient."""
+    model = SmallViT()
+    x = torch.randn(2, 64, 128)
+    assert torch.equal(model.blocks[0](x)[0], x)
+    model(torch.rand(2, 3, 32, 32)).square().mean().backward()
+    for block in model.blocks:
+        assert block.attention.merge.weight.grad.abs().max() > 0
+        assert block.ffn[-1].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes(seeded, dtype):
+    output, routing = AdaptiveAttentionMoE(16, 2, (2, 9)).to(dtype)(
+        torch.randn(1, 6, 16, dtype=dtype)
+    )
+    assert output.dtype == routing.dtype == dtype
+    assert torch.isfinite(output).all()
+
+
+def test_autocast_runs_the_whole_model(vit):
+    vit.eval()
+    noisy = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        half = vit(noisy).float()
+    with torch.inference_mode():
+        assert (half - vit(noisy)).square().mean() < 1e-3
+
+
+def test_clamped_in_evaluation_only(vit):
+    with torch.no_grad():
+        vit.patch_unembed.bias.fill_(5.0)
+        assert vit.train()(torch.rand(1, 3, 32, 32)).max() > 1
+        assert vit.eval()(torch.rand(1, 3, 32, 32)).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: SparseAttentionExpert(10, 3), "d_model=10, num_heads=3"),
+        (lambda: SparseAttentionExpert(8, 0), "num_heads=0"),
+        (lambda: SparseAttentionExpert(8, 2, k_attend=0), "got 0"),
+        (lambda: SparseAttentionExpert(8, 2, dropout=1.0), "got 1.0"),
+        (lambda: SparseAttentionExpert(8, 2, dropout=-0.1), "got -0.1"),
+        (lambda: TokenRouter(8, 0), "num_experts=0"),
+        (lambda: AdaptiveAttentionMoE(8, 2, ()), r"got \(\)"),
+        (lambda: AdaptiveAttentionMoE(8, 2, (4, -1)), "got -1"),
+        (lambda: AdaptiveAttentionMoE(8, 2, (4,))(torch.zeros(2, 5, 9)), r"\[2, 5, 9\]"),
+        (lambda: AdaptiveAttentionMoE(8, 2, (4,))(torch.zeros(5, 8)), r"\[5, 8\]"),
+        (lambda: topk_attention(*[torch.zeros(1, 4, 2)] * 3, 0), "got 0"),
+        (lambda: SmallViT(image_size=30), "image_size=30, patch_size=4"),
+        (lambda: SmallViT()(torch.zeros(1, 3, 32, 31)), r"\[1, 3, 32, 31\]"),
+        (lambda: SmallViT()(torch.zeros(3, 32, 32)), r"\[3, 32, 32\]"),
+    ],
+)
+def test_wrong_arguments_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

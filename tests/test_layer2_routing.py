@@ -1,0 +1,147 @@
+"""Layer 2: routing probabilities, the load-balancing loss and its gradient, utilisation."""
+
+import math
+
+import pytest
+import torch
+
+from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter, load_balancing_loss
+from denoising_experiment_proper import NoisyImageDataset, SmallViT, evaluate
+from oracle import straightforward_expert
+
+
+def test_probabilities_are_valid(seeded):
+    routing = TokenRouter(32, 5)(10 * torch.randn(4, 50, 32))
+    assert (routing >= 0).all()
+    assert torch.allclose(routing.sum(-1), torch.ones(4, 50))
+
+
+def test_router_is_deterministic(seeded):
+    router, x = TokenRouter(32, 3), torch.randn(4, 50, 32)
+    assert torch.equal(router(x), router(x))
+
+
+def test_each_token_is_routed_by_itself(seeded):
+    """Another token in the sequence or in the batch changes nothing."""
+    router, x = TokenRouter(32, 3).double(), torch.randn(4, 50, 32, dtype=torch.float64)
+    together = router(x)
+    assert torch.allclose(together[2, 7], router(x[2:3, 7:8])[0, 0], atol=1e-12)
+
+
+def test_router_tells_tokens_apart(seeded):
+    routing = TokenRouter(32, 3)(torch.randn(1, 50, 32))
+    assert routing.std(dim=1).min() > 1e-3
+
+
+def test_output_is_the_weighed_sum_of_the_experts(moe):
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    output, routing = moe(x)
+    mixed = sum(
+        routing[..., e, None] * straightforward_expert(expert, x)
+        for e, expert in enumerate(moe.experts)
+    )
+    assert torch.allclose(output, moe.merge(mixed), atol=1e-12)
+    assert torch.equal(routing, moe.router(x))
+
+
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_a_certain_router_uses_one_expert(moe, chosen):
+    with torch.no_grad():
+        moe.router.mlp[-1].weight.zero_()
+        moe.router.mlp[-1].bias.fill_(-1e4)[chosen] = 0
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    alone = moe.merge(straightforward_expert(moe.experts[chosen], x))
+    assert torch.allclose(moe(x)[0], alone, atol=1e-12)
+
+
+def test_routing_is_returned_not_remembered(moe):
+    before = set(vars(moe))
+    moe(torch.randn(2, 16, 24, dtype=torch.float64))
+    assert set(vars(moe)) == before
+    assert not list(moe.buffers())
+
+
+def test_gradient_of_the_router_is_that_of_finite_differences(moe):
+    x = torch.randn(1, 6, 24, dtype=torch.float64)
+    bias = moe.router.mlp[-1].bias
+
+    def loss():
+        return moe(x)[0].square().sum()
+
+    loss().backward()
+    for expert in range(3):
+        with torch.no_grad():
+            bias[expert] += 1e-5
+            above = loss()
+            bias[expert] -= 2e-5
+            below = loss()
+            bias[expert] += 1e-5
+        assert bias.grad[expert].item() == pytest.approx((above - below).item() / 2e-5, rel=1e-5)
+
+
+def test_balanced_load_costs_nothing():
+    assert load_balancing_loss(torch.full((2, 8, 3), 1 / 3)).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_only_the_mean_load_counts():
+    """Tokens may be as decided as they like, as long as the experts share them evenly."""
+    decided = torch.eye(4).repeat(1, 2, 1)
+    assert load_balancing_loss(decided).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_loss_is_the_divergence_over_the_number_of_experts():
+    load = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    expected = sum(1 / 3 * math.log((1 / 3) / q) for q in load.tolist()) / 3
+    assert load_balancing_loss(load.expand(2, 5, 3)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_loss_agrees_with_torch(seeded):
+    routing = torch.randn(4, 9, 5, dtype=torch.float64).softmax(-1)
+    load = routing.mean((0, 1))
+    uniform = torch.full_like(load, 1 / 5)
+    expected = torch.nn.functional.kl_div(load.log(), uniform, reduction="sum") / 5
+    assert torch.allclose(load_balancing_loss(routing), expected)
+
+
+def test_loss_is_checked_by_gradcheck(seeded):
+    logits = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: load_balancing_loss(t.softmax(-1)), logits)
+
+
+def test_gradient_moves_load_to_the_idle_expert():
+    logits = torch.tensor([2.0, 0.0, -2.0]).expand(1, 6, 3).clone().requires_grad_()
+    load_balancing_loss(logits.softmax(-1)).backward()
+    gradient = logits.grad.sum((0, 1))
+    assert gradient[0] > 0  # descent lowers the logit of the busy expert
+    assert gradient[2] < 0  # and raises that of the idle one
+
+
+def test_a_total_collapse_has_a_finite_loss():
+    collapsed = torch.tensor([1.0, 0.0, 0.0]).expand(2, 5, 3).clone().requires_grad_()
+    loss = load_balancing_loss(collapsed)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert loss > 1
+    assert torch.isfinite(collapsed.grad).all()
+
+
+def test_utilisation_is_the_mean_over_all_tokens(vit, photos):
+    dataset = NoisyImageDataset(photos.test[:70])  # more than one batch, the last one short
+    result = evaluate(vit, dataset, torch.device("cpu"))
+    noisy = torch.stack([dataset[i][0] for i in range(70)])
+    with torch.inference_mode():
+        _, routings = vit(noisy, return_routing=True)
+    expected = torch.stack([r.mean((0, 1)) for r in routings])
+    assert result.utilisation == pytest.approx(expected.numpy(), abs=1e-5)
+    assert result.utilisation.sum(1) == pytest.approx(1, abs=1e-5)
+
+
+def test_each_block_has_a_router_of_its_own():
+    model = SmallViT()
+    routers = [block.attention.router for block in model.blocks]
+    assert not torch.equal(routers[0].mlp[0].weight, routers[1].mlp[0].weight)
+
+
+def test_experts_start_different():
+    moe = AdaptiveAttentionMoE()
+    assert not torch.equal(moe.experts[0].query.weight, moe.experts[1].query.weight)

@@ -1,0 +1,180 @@
+"""Layer 3: sparse attention against a plain loop in float64, its edges and its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adaptive_attention_moe import AdaptiveAttentionMoE, SparseAttentionExpert, topk_attention
+from oracle import (
+    gather_attention,
+    loop_attention,
+    straightforward_expert,
+    straightforward_moe,
+)
+
+
+def random_qkv(*shape, requires_grad=False):
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad) for _ in "qkv"]
+
+
+@pytest.mark.parametrize("k_attend", [1, 2, 5, 9, 10, 11, 1000])
+def test_against_a_plain_loop(seeded, k_attend):
+    query, key, value = random_qkv(10, 6)
+    expected = loop_attention(query, key, value, k_attend)
+    assert torch.allclose(topk_attention(query, key, value, k_attend), expected, atol=1e-12)
+
+
+def test_every_batch_and_head_selects_for_itself(seeded):
+    query, key, value = random_qkv(2, 3, 10, 6)
+    output = topk_attention(query, key, value, 4)
+    for b in range(2):
+        for h in range(3):
+            expected = loop_attention(query[b, h], key[b, h], value[b, h], 4)
+            assert torch.allclose(output[b, h], expected, atol=1e-12)
+
+
+def test_the_oracle_agrees_with_the_loop(seeded):
+    query, key, value = random_qkv(10, 6)
+    for k_attend in (1, 4, 10):
+        assert torch.allclose(
+            gather_attention(query, key, value, k_attend),
+            loop_attention(query, key, value, k_attend),
+            atol=1e-12,
+        )
+
+
+def test_one_key_copies_the_best_value(seeded):
+    query, key, value = random_qkv(10, 6)
+    best = (query @ key.T).argmax(-1)
+    assert torch.allclose(topk_attention(query, key, value, 1), value[best])
+
+
+@pytest.mark.parametrize("k_attend", [10, 11, 64])
+def test_all_keys_is_dense_attention(seeded, k_attend):
+    query, key, value = random_qkv(2, 10, 6)
+    dense = (query @ key.transpose(1, 2) / 6**0.5).softmax(-1) @ value
+    assert torch.allclose(topk_attention(query, key, value, k_attend), dense, atol=1e-12)
+
+
+def test_exactly_k_keys_have_a_weight(seeded):
+    query, key, _ = random_qkv(1, 12, 6)
+    weights = topk_attention(query, key, torch.eye(12, dtype=torch.float64)[None], 5)
+    assert ((weights > 0).sum(-1) == 5).all()
+    assert torch.allclose(weights.sum(-1), torch.ones(1, 12, dtype=torch.float64))
+
+
+def test_keys_below_the_top_k_have_no_influence(seeded):
+    query, key, value = random_qkv(1, 12, 6)
+    output = topk_attention(query, key, value, 3)
+    last = (query @ key.transpose(1, 2)).argmin(-1)[0, 0]
+    value[0, last] += 1e6
+    assert torch.equal(topk_attention(query, key, value, 3)[0, 0], output[0, 0])
+
+
+def test_ties_at_the_edge_are_kept_together():
+    """Scores 2, 1, 1, 0 with k = 2: both keys of score 1 stay, whatever their order."""
+    query = torch.ones(1, 1, dtype=torch.float64)
+    key = torch.tensor([[2.0], [1.0], [1.0], [0.0]], dtype=torch.float64)
+    weights = topk_attention(query, key, torch.eye(4, dtype=torch.float64), 2)
+    expected = torch.softmax(torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64), 0)
+    assert torch.allclose(weights[0, :3], expected)
+    assert weights[0, 3] == 0
+
+
+def test_equal_tokens_stay_equal(moe):
+    x = torch.randn(1, 1, 24, dtype=torch.float64).expand(2, 16, 24)
+    output, _ = moe(x)
+    assert torch.allclose(output, output[:1, :1].expand_as(output), atol=1e-12)
+
+
+@pytest.mark.parametrize("k_attend", [1, 3, 6])
+def test_gradcheck(seeded, k_attend):
+    inputs = random_qkv(2, 6, 4, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, k, v: topk_attention(q, k, v, k_attend), inputs)
+
+
+def test_gradcheck_of_the_whole_layer(seeded):
+    layer = AdaptiveAttentionMoE(6, 2, (2, 3, 9)).double()
+    x = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+
+
+def test_permutation_equivariance(moe):
+    """The layer knows no positions: permuted tokens give the permuted output."""
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    order = torch.randperm(16)
+    output, routing = moe(x)
+    permuted, permuted_routing = moe(x[:, order])
+    assert torch.allclose(permuted, output[:, order], atol=1e-12)
+    assert torch.allclose(permuted_routing, routing[:, order], atol=1e-12)
+
+
+@pytest.mark.parametrize("k_attend", [1, 8, 40])
+def test_expert_against_the_straightforward_one(seeded, k_attend):
+    expert = SparseAttentionExpert(24, 3, k_attend).double()
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    assert torch.allclose(expert(x), straightforward_expert(expert, x), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "budgets", [(4, 16, 32), (32, 16, 4), (16, 16), (5,), (3, 99, 3, 50)], ids=str
+)
+def test_layer_against_the_straightforward_one(seeded, budgets):
+    """Fused projections, grouped experts and folded output projections change nothing."""
+    layer = AdaptiveAttentionMoE(24, 3, budgets).double()
+    x = torch.randn(2, 16, 24, dtype=torch.float64, requires_grad=True)
+    fast, _ = layer(x)
+    slow, _ = straightforward_moe(layer, x)
+    assert torch.allclose(fast, slow, atol=1e-12)
+    target = torch.randn_like(fast)
+    parameters = [x, *layer.parameters()]
+    pairs = zip(
+        torch.autograd.grad((fast * target).sum(), parameters),
+        torch.autograd.grad((slow * target).sum(), parameters),
+        strict=True,
+    )
+    for got, expected in pairs:
+        assert torch.allclose(got, expected, atol=1e-10)
+
+
+def test_default_layer_in_float32(seeded):
+    """1e-5 against the oracle wherever rounding did not exchange two keys at the edge."""
+    layer, x = AdaptiveAttentionMoE(), torch.randn(4, 64, 128)
+    with torch.no_grad():
+        error = (layer(x)[0] - straightforward_moe(layer, x)[0]).abs().amax(-1)
+    assert (error < 1e-5).double().mean() > 0.99
+
+
+def test_input_is_left_alone(moe):
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    copy = x.clone()
+    moe(x)
+    assert torch.equal(x, copy)
+
+
+def test_queries_and_keys_of_different_number(seeded):
+    query, key, value = torch.randn(3, 4), torch.randn(9, 4), torch.randn(9, 2)
+    expected = loop_attention(query, key, value, 5)
+    assert torch.allclose(topk_attention(query, key, value, 5), expected, atol=1e-6)
+
+
+def test_dropout_only_while_training(seeded):
+    expert = SparseAttentionExpert(24, 3, 4, dropout=0.5)
+    x = torch.randn(1, 16, 24)
+    assert not torch.equal(expert(x), expert(x))
+    expert.eval()
+    assert torch.equal(expert(x), expert(x))
+
+
+def test_dropout_keeps_the_mean(seeded):
+    """Weights are dropped with the given probability and the others scaled up."""
+    query, key, _ = random_qkv(2000, 4, 6)
+    weights = topk_attention(query, key, torch.eye(4).double().expand(2000, 4, 4), 3, 0.25)
+    assert (weights == 0).double().mean().item() == pytest.approx(1 - 0.75 * 0.75, abs=0.01)
+    assert weights.sum(-1).mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_dense_path_is_the_library_call(seeded):
+    query, key, value = random_qkv(1, 2, 10, 6)
+    expected = F.scaled_dot_product_attention(query, key, value)
+    assert torch.equal(topk_attention(query, key, value, 10), expected)

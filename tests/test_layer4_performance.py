@@ -1,0 +1,184 @@
+"""Layer 4: counted FLOPs, bytes and calls, and how they grow with N and k; never a clock."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from adaptive_attention_moe import AdaptiveAttentionMoE
+from denoising_experiment_proper import NoisyImageDataset, SmallViT, evaluate
+from oracle import straightforward_moe
+
+
+def count_flops(function, *inputs):
+    """FLOPs of all matrix products and convolutions, two per multiply-add."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operator calls and remembers the largest tensor that one of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls[function.overloadpacket.__name__] += 1
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            # expanded views have no memory of their own
+            if isinstance(tensor, torch.Tensor) and 0 not in tensor.stride():
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def record(function, *inputs):
+    with torch.no_grad(), Recorder() as recorder:
+        function(*inputs)
+    return recorder
+
+
+def saved_bytes(function, *inputs):
+    """Bytes of the distinct tensors that autograd keeps for the backward pass."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(*inputs)  # alive, so that no two storages share an address
+    del output
+    return sum(storages.values())
+
+
+@pytest.fixture
+def layer(seeded):
+    return AdaptiveAttentionMoE()
+
+
+def test_flops_of_the_layer_are_those_of_the_formula(layer):
+    """Router, projections to q, k, v, scores and values, folded outputs: nothing else."""
+    batch, tokens, width, experts = 3, 64, 128, 3
+    router = width * 64 + 64 * experts
+    projections = experts * (3 * width * width + width * width)
+    attention = experts * 2 * tokens * width
+    bias = experts * width
+    folding = experts * width**3 + experts * width**2
+    expected = 2 * (batch * tokens * (router + projections + attention + bias) + folding)
+    assert count_flops(layer, torch.randn(batch, tokens, width)) == expected
+
+
+def test_flops_of_inference_per_image():
+    """What ARCHITECTURE.md states: 83.9 MFLOP an image, 5.37 GFLOP a batch of 64."""
+    model = SmallViT().eval()
+    with torch.no_grad():
+        flops = count_flops(model, torch.rand(64, 3, 32, 32))
+    assert flops / 64 == pytest.approx(83.9e6, rel=0.001)
+
+
+def test_flops_of_a_training_step_are_three_times_those_of_inference():
+    model = SmallViT()
+    noisy = torch.rand(8, 3, 32, 32)
+    forward = count_flops(model, noisy)
+    both = count_flops(lambda x: model(x).sum().backward(), noisy)
+    assert 2.8 < both / forward < 3.0  # the image itself needs no gradient
+
+
+def test_flops_grow_as_a_n_plus_b_n_squared(layer):
+    flops = {n: count_flops(layer, torch.randn(1, n, 128)) for n in (128, 256, 384)}
+    second_difference = flops[384] - 2 * flops[256] + flops[128]
+    b = second_difference / (2 * 128**2)
+    assert b == 2 * 3 * 2 * 128  # E experts, scores and values, D multiply-adds each
+
+
+def test_top_k_saves_no_matrix_product(seeded):
+    """Masking is exact and fast, but dense: FLOPs are the same for every budget."""
+    x = torch.randn(2, 64, 128)
+    flops = {count_flops(AdaptiveAttentionMoE(k_attend=(k,) * 3), x) for k in (1, 8, 63, 64)}
+    assert len(flops) == 1
+
+
+@pytest.mark.parametrize("tokens", [64, 256])
+def test_selected_values_are_never_gathered(layer, tokens):
+    """No tensor is larger than all projections or one expert's scores."""
+    batch = 2
+    x = torch.randn(batch, tokens, 128)
+    largest = record(layer, x).largest
+    assert largest <= max(batch * tokens * 3 * 3 * 128, batch * 4 * tokens * tokens)
+    gathered = batch * 4 * tokens * 32 * 32  # [B, H, N, k, d_head] of the smallest budget
+    assert record(lambda t: straightforward_moe(layer, t), x).largest >= gathered
+
+
+def test_largest_tensor_does_not_grow_with_k(seeded):
+    x = torch.randn(2, 256, 128)
+    largest = {record(AdaptiveAttentionMoE(k_attend=(k,)), x).largest for k in (8, 32, 128)}
+    assert len(largest) == 1
+
+
+def test_backward_keeps_a_ninth_of_what_gathering_keeps(layer):
+    x = torch.randn(32, 64, 128)
+    fast = saved_bytes(layer, x)
+    slow = saved_bytes(lambda t: straightforward_moe(layer, t), x)
+    assert fast * 9 < slow
+
+
+def test_experts_with_all_keys_share_one_attention_call(layer):
+    """At 64 tokens k = 64 and k = 128 are dense; only k = 32 selects."""
+    calls = record(layer, torch.randn(2, 64, 128)).calls
+    attention = [n for name, n in calls.items() if name.startswith("_scaled_dot_product")]
+    assert sum(attention) == 1
+    assert calls["topk"] == 1
+
+
+def test_every_budget_below_n_selects_once(layer):
+    assert record(layer, torch.randn(2, 256, 128)).calls["topk"] == 3
+
+
+def test_no_selection_where_every_budget_covers_all_tokens(layer):
+    calls = record(layer, torch.randn(2, 32, 128)).calls
+    assert calls["topk"] == calls["masked_fill_"] == 0
+
+
+def test_calls_do_not_grow_with_equal_experts(seeded):
+    """Six experts of one budget take as many matrix products as one."""
+    x = torch.randn(2, 64, 128)
+
+    def products(budgets):
+        calls = record(AdaptiveAttentionMoE(k_attend=budgets), x).calls
+        return sum(calls[name] for name in ("mm", "addmm", "bmm", "baddbmm"))
+
+    assert products((16,) * 6) == products((16,))
+
+
+def test_calls_do_not_grow_with_the_batch_or_the_tokens(layer):
+    small = record(layer, torch.randn(2, 130, 128)).calls
+    assert record(layer, torch.randn(8, 130, 128)).calls == small
+    assert record(layer, torch.randn(2, 300, 128)).calls == small
+
+
+def test_evaluation_runs_the_model_once_per_batch_without_a_graph(vit, photos, monkeypatch):
+    batches = []
+
+    def forward(self, noisy, return_routing):
+        batches.append((len(noisy), torch.is_inference_mode_enabled()))
+        return original(self, noisy, return_routing)
+
+    original = SmallViT.forward
+    monkeypatch.setattr(SmallViT, "forward", forward)
+    evaluate(vit, NoisyImageDataset(photos.test[:130]), torch.device("cpu"))
+    assert batches == [(64, True), (64, True), (2, True)]
+
+
+def test_images_stay_one_byte_a_value(photos):
+    dataset = NoisyImageDataset(photos.train)
+    list(dataset.shuffled_batches(512, seed=0, epoch=1))
+    tensors = [v for v in vars(dataset.split).values() if isinstance(v, torch.Tensor)]
+    held = sum(t.element_size() * t.nelement() for t in tensors)
+    assert held == len(dataset) * (3 * 32 * 32 + 8 + 1)  # image, label, lossless

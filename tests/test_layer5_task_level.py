@@ -1,0 +1,513 @@
+"""Layer 5: the experiment as a user runs it, on real photographs, and what it refuses."""
+
+import csv
+import os
+import pickle
+import re
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import compare_baselines
+import debug_evaluation
+import debug_test_data
+import denoising_experiment_proper as experiment
+import visualize_proper_results
+import visualize_training_data
+from conftest import ROOT, assert_refused, run_script, write_images
+from denoising_experiment_proper import NoisyImageDataset, load_model, noisy_splits, psnr, ssim
+from image_sources import load_images, read_image
+
+SHORT = ("--epochs", 1, "--batch-size", 16)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Training ------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss(trained):
+    history = read_csv(trained.path / "model_history.csv")
+    assert [int(row["epoch"]) for row in history] == [1, 2, 3, 4]
+    assert float(history[-1]["train_mse"]) < 0.5 * float(history[0]["train_mse"])
+    assert float(history[-1]["val_mse"]) < 0.8 * float(history[0]["val_mse"])
+    assert float(history[0]["lr"]) == 2e-3
+    assert float(history[-1]["lr"]) < 1e-3
+
+
+def test_model_beats_the_best_gaussian_blur(trained, photos):
+    test_set = noisy_splits(photos, 0.2)[2]
+    blur, strengths = compare_baselines.baselines(0.2)["Gaussian blur"]
+    _, blurred, _ = compare_baselines.best_of(blur, strengths, test_set)
+    assert trained.checkpoint["test"]["psnr_mean"] > blurred.mean()
+    assert (
+        trained.checkpoint["test"]["psnr_mean"] > 6 + trained.checkpoint["test"]["noisy_psnr_mean"]
+    )
+
+
+def test_results_are_printed(trained):
+    test = trained.checkpoint["test"]
+    line = (
+        f"PSNR {test['psnr_mean']:.2f} ± {test['psnr_std']:.2f} dB   "
+        f"SSIM {test['ssim_mean']:.4f} ± {test['ssim_std']:.4f}   images 707   dataset photos"
+    )
+    assert trained.output.splitlines()[-1] == line
+    assert "FINAL RESULTS" in trained.output
+    assert "599,689" in trained.output
+    percentages = re.findall(r"experts, block \d +(.*) %", trained.output)
+    assert len(percentages) == 2
+    assert sum(map(float, percentages[0].split(" % / "))) == pytest.approx(100, abs=0.3)
+
+
+def test_run_leaves_its_files_and_nothing_else(trained):
+    names = {path.name for path in trained.path.iterdir()}
+    assert names >= {"model.pt", "model_history.csv", "model_curve.png"}
+    assert not any("resume" in name or name.startswith(".") for name in names)
+
+
+def test_checkpoint_says_where_it_comes_from(trained):
+    checkpoint = trained.checkpoint
+    recipe = checkpoint["recipe"]
+    assert recipe["dataset"] == "photos"
+    assert (recipe["train_images"], recipe["val_images"]) == (1949, 573)
+    assert (recipe["epochs"], recipe["batch_size"], recipe["lr"]) == (4, 16, 2e-3)
+    assert (recipe["seed"], recipe["noise_level"]) == (42, 0.2)
+    history = read_csv(trained.path / "model_history.csv")
+    best = min(history, key=lambda row: float(row["val_mse"]))
+    assert checkpoint["epoch"] == int(best["epoch"])
+    assert checkpoint["val_mse"] == pytest.approx(float(best["val_mse"]))
+    assert checkpoint["torch_version"] == torch.__version__
+
+
+def test_load_model_gives_the_model_that_was_tested(trained, photos):
+    model = load_model(trained.path / "model.pt")
+    assert not model.training
+    result = experiment.evaluate(model, noisy_splits(photos, 0.2)[2], torch.device("cpu"))
+    assert result.psnr.mean() == pytest.approx(trained.checkpoint["test"]["psnr_mean"], abs=1e-3)
+
+
+def test_metrics_are_those_of_the_definitions(photos):
+    """PSNR = 10 log10(1 / MSE); SSIM is 1 for equal images only."""
+    noisy, clean, _ = (t.numpy() for t in NoisyImageDataset(photos.test)[3])
+    mse = ((noisy.astype(np.float64) - clean) ** 2).mean()
+    assert psnr(noisy, clean) == pytest.approx(10 * np.log10(1 / mse), abs=1e-4)
+    assert psnr(clean, clean) == np.inf
+    assert ssim(clean, clean) == pytest.approx(1)
+    assert ssim(noisy, clean) < 0.7
+
+
+# The other scripts ---------------------------------------------------------------------------
+
+
+def test_visualization_shows_and_tells_the_whole_test_set(trained, call):
+    process = call(visualize_proper_results, "--checkpoint", trained.path / "model.pt")
+    assert process.returncode == 0, process.stderr
+    rows = read_csv("denoising_visualization_proper.csv")
+    psnrs = np.array([float(row["psnr_db"]) for row in rows])
+    test = trained.checkpoint["test"]
+    assert len(psnrs) == 707
+    assert psnrs.mean() == pytest.approx(test["psnr_mean"], abs=1e-3)
+    assert process.stdout.splitlines()[-1].startswith(f"PSNR {test['psnr_mean']:.2f} ±")
+    worst, best = np.sort(psnrs)[:70].mean(), np.sort(psnrs)[-70:].mean()
+    assert f"{worst:.4g}" in process.stdout
+    assert f"{best:.4g}" in process.stdout
+    assert min(Image.open("denoising_visualization_proper.png").size) > 800
+
+
+def test_drawn_images_go_from_worst_to_best():
+    values = np.random.default_rng(0).permutation(1000)
+    ranks = [values[i] for i in visualize_proper_results.rank_images(values)]
+    assert ranks == sorted(ranks)
+    assert ranks[0] < 100
+    assert ranks[-1] >= 900
+
+
+def test_training_data_script_accepts_right_noise(call):
+    process = call(visualize_training_data, "--dataset", "photos")
+    assert process.returncode == 0, process.stdout
+    assert min(Image.open("training_data_verification.png").size) > 800
+
+
+@pytest.mark.parametrize("actual", [0.19, 0.21])
+def test_training_data_script_notices_wrong_noise(call, monkeypatch, actual):
+    def off(self, noise, indices):
+        self.noise_level = actual
+        return original(self, noise, indices)
+
+    original = NoisyImageDataset._add
+    monkeypatch.setattr(NoisyImageDataset, "_add", off)
+    process = call(visualize_training_data, "--dataset", "photos")
+    assert process.returncode == 1
+    assert "OFF" in process.stdout
+
+
+def test_theory_of_the_clamped_noise():
+    """Against a simulation, for a dark, a middle and a bright value."""
+    share = torch.zeros(256, dtype=torch.float64)
+    share[[0, 100, 240]] = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.multinomial(share, 10**6, True, generator=generator).double() / 255
+    noise = torch.randn(10**6, generator=generator, dtype=torch.float64)
+    difference = (clean + 0.3 * noise).clamp(0, 1) - clean
+    edges = torch.linspace(-1, 1, 42, dtype=torch.float64)
+    mean, std, shares = visualize_training_data.clipped_noise(share, 0.3, edges)
+    assert mean == pytest.approx(difference.mean().item(), abs=1e-3)
+    assert std == pytest.approx(difference.std().item(), abs=1e-3)
+    assert torch.allclose(shares, torch.histogram(difference, edges).hist / 10**6, atol=2e-3)
+
+
+def test_debug_evaluation_reproduces_the_run(trained, call):
+    process = call(debug_evaluation, "--checkpoint", trained.path / "model.pt")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "all figures agree" in process.stdout
+
+
+def test_debug_evaluation_notices_a_wrong_figure(trained, call, tmp_path):
+    forged = {**trained.checkpoint, "test": {**trained.checkpoint["test"], "psnr_mean": 31.0}}
+    torch.save(forged, tmp_path / "forged.pt")
+    process = call(debug_evaluation, "--checkpoint", "forged.pt")
+    assert process.returncode == 1
+    assert re.search(r"psnr_mean +31 .*DISAGREES", process.stdout)
+
+
+def test_debug_test_data_finds_nothing_in_photos(call):
+    process = call(debug_test_data, "--dataset", "photos")
+    assert process.returncode == 0, process.stdout
+    assert "nothing looks wrong" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: 255 * x, "not divided by 255"),
+        (lambda x: x / 255, "divided by 255 twice"),
+        (lambda x: 2 * x - 1, "standardised"),
+        (lambda x: x * float("nan"), "not finite"),
+    ],
+)
+def test_wrong_normalisation_is_noticed(photos, change, words):
+    images = photos.test.images[:50].float() / 255
+    assert debug_test_data.normalisation_problems(images) == []
+    assert any(words in p for p in debug_test_data.normalisation_problems(change(images)))
+
+
+def test_debug_test_data_notices_black_and_leaked_images(folder, call):
+    for path in (folder / "train").rglob("*.png"):
+        Image.new("RGB", (32, 32)).save(path)
+    for path in (folder / "train").rglob("*.jpg"):
+        path.unlink()
+    Image.new("RGB", (32, 32)).save(folder / "test" / "black.png")
+    process = call(debug_test_data, "--dataset", folder)
+    assert process.returncode == 1
+    assert "all black" in process.stdout
+    assert "byte for byte" in process.stdout
+
+
+def test_baselines_table(folder, trained, call):
+    process = call(
+        compare_baselines, "--checkpoint", trained.path / "model.pt", "--dataset", folder
+    )
+    assert process.returncode == 0, process.stderr
+    rows = dict(re.findall(r"^\| \**([a-zA-Z -]+).*?\| ([\d.]+) ±", process.stdout, re.M))
+    scores = {name.strip(): float(value) for name, value in rows.items()}
+    assert len(scores) == 6
+    assert scores["noisy input"] < scores["wavelet"] < 40
+    assert scores["noisy input"] < scores["Gaussian blur"] < 40
+
+
+# Image sources -------------------------------------------------------------------------------
+
+
+def test_photos_hold_out_whole_photographs(photos):
+    labels = [set(split.labels.tolist()) for split in (photos.train, photos.val, photos.test)]
+    assert all(labels)
+    assert not labels[0] & labels[1] | labels[0] & labels[2] | labels[1] & labels[2]
+    assert len(photos.classes) == 6
+
+
+def test_folder_with_classes_splits_and_kinds(folder):
+    source = load_images(str(folder))
+    assert (len(source.train), len(source.val), len(source.test)) == (16, 4, 6)
+    assert source.classes == ["a", "b"]
+    assert torch.equal(source.test.lossless, source.test.labels == 0)  # b is JPEG
+    assert source.name == "folder images"
+
+
+def test_folder_pixels_are_those_of_the_files(folder):
+    source = load_images(str(folder))
+    with Image.open(folder / "test" / "a" / "000.png") as image:
+        assert np.array_equal(source.test.images[0].permute(1, 2, 0), np.asarray(image))
+
+
+def test_split_depends_on_the_seed_alone(folder):
+    first, again, other = (load_images(str(folder), seed=s) for s in (1, 1, 2))
+    assert torch.equal(first.val.images, again.val.images)
+    assert not torch.equal(first.val.images, other.val.images)
+
+
+def test_large_images_are_cropped_and_their_crops_stay_together(tmp_path):
+    for part in ("train", "test"):
+        write_images(tmp_path / part, 5, size=(100, 70))
+    source = load_images(str(tmp_path))
+    assert len(source.test) == 5 * 3 * 2
+    assert (len(source.train), len(source.val)) == (4 * 6, 6)
+    with Image.open(tmp_path / "test" / "000.png") as image:
+        second = np.asarray(image)[:32, 32:64]
+    assert np.array_equal(source.test.images[1].permute(1, 2, 0), second)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
+def test_other_colour_modes_are_converted(tmp_path, mode):
+    suffix = ".tif" if mode == "CMYK" else ".png"
+    (path,) = write_images(tmp_path, 1, mode=mode, suffix=suffix)
+    image = read_image(path)
+    assert image.shape == (32, 32, 3)
+    assert image.dtype == np.uint8
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    Image.new("RGBA", (32, 32), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+    assert (read_image(tmp_path / "clear.png") == 255).all()
+
+
+def test_sixteen_bits_keep_their_brightness(tmp_path):
+    Image.fromarray(np.full((32, 32), 257 * 77, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert (read_image(tmp_path / "deep.png") == 77).all()
+
+
+def test_unusable_files_are_named_and_skipped(folder, capsys):
+    (folder / "train" / "a" / "notes.txt").write_text("not an image")
+    (folder / "train" / "a" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    write_images(folder / "train" / "small", 1, size=(31, 40))
+    source = load_images(str(folder))
+    assert len(source.train) + len(source.val) == 20
+    warning = capsys.readouterr().err
+    assert "skipped 3 of 23" in warning
+    for name in ("notes.txt", "cut.png", "31×40"):
+        assert name in warning
+
+
+def fake_cifar10(folder, count):
+    """Writes the files of CIFAR-10 with `count` random images each."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        data = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        batch = {"data": data, "labels": [i % 10 for i in range(count)]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    names = {"label_names": [f"class{i}" for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    return data
+
+
+def test_cifar10_is_read_from_its_own_files(tmp_path, monkeypatch):
+    """The files' layout, without their content: 4 / 1 split, channels first, right order."""
+    test_data = fake_cifar10(tmp_path, 20)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    source = load_images("cifar10", str(tmp_path))
+    assert (len(source.train), len(source.val), len(source.test)) == (80, 20, 20)
+    assert np.array_equal(source.test.images.flatten(1), test_data)
+    assert source.test.labels.tolist() == [i % 10 for i in range(20)]
+    assert source.name == "CIFAR-10"
+
+
+# Bad input -----------------------------------------------------------------------------------
+
+
+def test_no_network_names_the_alternatives(call, monkeypatch):
+    def fail(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
+    assert_refused(call(experiment), "CIFAR-10", "no route", "--dataset photos", "FOLDER")
+    assert not Path("best_denoising_model_proper.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--noise-level", "-0.1"), "--noise-level: must be a number at least 0, got '-0.1'"),
+        (("--noise-level", "nan"), "got 'nan'"),
+        (("--epochs", "0"), "--epochs: must be a whole number at least 1, got '0'"),
+        (("--epochs", "two"), "got 'two'"),
+        (("--batch-size", "0"), "--batch-size"),
+        (("--lr", "0"), "--lr: must be a number above 0, got '0'"),
+        (("--lr", "inf"), "--lr"),
+        (("--seed", "-1"), "--seed"),
+        (("--device", "tpu"), "--device"),
+        (("--lossless-share", "1.5"), "between 0 and 1"),
+        (("--dataset", "nowhere"), "nowhere: no such folder"),
+        (("--output", "missing/model.pt"), "missing"),
+        (("--resume",), "no interrupted run"),
+        (("--lossless-share", "0.5"), "--lossless-share: photos does not mix"),
+        (("--no-such-option",), "--no-such-option"),
+    ],
+)
+def test_bad_options_are_refused(call, arguments, words):
+    assert_refused(call(experiment, "--dataset", "photos", *arguments), words)
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_missing_device_is_refused(call):
+    process = call(experiment, "--dataset", "photos", "--device", "cuda")
+    assert_refused(process, "--device cuda", "use cpu")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda f: [p.unlink() for p in (f / "train").rglob("*.*")], "holds 0 readable"),
+        (lambda f: [p.write_text("x") for p in (f / "test").rglob("*.*")], "holds 0 readable"),
+        (lambda f: (f / "test").rename(f / "exam"), "has no test/ folder"),
+    ],
+)
+def test_a_folder_without_images_is_refused(folder, call, break_it, words):
+    break_it(folder)
+    process = call(experiment, "--dataset", folder)
+    assert process.returncode == 2
+    assert words in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+
+
+def test_an_unwritable_folder_is_refused_before_the_work(call, monkeypatch):
+    def refuse(*_, **__):  # root may write anywhere, so permissions cannot show it
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("command_line.tempfile.mkstemp", refuse)
+    process = call(experiment, "--dataset", "photos")
+    assert_refused(process, "cannot write", "Permission denied")
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
+@pytest.mark.parametrize("script", [visualize_proper_results, debug_evaluation, compare_baselines])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda good: None, "no such checkpoint"),
+        (lambda good: Path("bad.pt").write_bytes(good[: len(good) // 2]), "not a complete"),
+        (lambda good: Path("bad.pt").write_bytes(b""), "not a complete"),
+        (lambda good: Path("bad.pt").write_text("hello"), "not a complete"),
+        (lambda good: torch.save({"model": Attack()}, "bad.pt"), "could run code"),
+        (lambda good: torch.save({"model": {}}, "bad.pt"), "does not hold"),
+        (lambda good: torch.save([1, 2], "bad.pt"), "does not hold"),
+    ],
+    ids=["missing", "truncated", "empty", "text", "attack", "incomplete", "list"],
+)
+def test_bad_checkpoints_are_refused(trained, call, script, make, words):
+    make((trained.path / "model.pt").read_bytes())
+    assert_refused(call(script, "--checkpoint", "bad.pt"), "bad.pt", words)
+    assert not Path("attacked").exists()
+
+
+@pytest.mark.parametrize("change", [{"d_model": 64}, {"num_layers": 3}, {"colour": "red"}])
+def test_another_architecture_is_refused(trained, call, change):
+    other = {**trained.checkpoint, "config": {**trained.checkpoint["config"], **change}}
+    torch.save(other, "other.pt")
+    process = call(visualize_proper_results, "--checkpoint", "other.pt", "--dataset", "photos")
+    assert_refused(process, "another architecture")
+
+
+def test_debug_evaluation_refuses_other_images(trained, call, folder):
+    process = call(debug_evaluation, "--checkpoint", trained.path / "model.pt", "--dataset", folder)
+    assert process.returncode == 2
+    assert "trained and tested on photos" in process.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(call, folder):
+    options = ("--dataset", folder, "--batch-size", 4, "--epochs", 2, "--lr", 1e30)
+    process = call(experiment, *options, "--output", "m.pt")
+    assert_refused(process, "the loss became", "epoch 1", "smaller --lr")
+    assert not Path("m.pt").exists()
+
+
+def test_a_late_loss_that_is_not_finite_keeps_the_last_good_model(call, folder, monkeypatch):
+    original = experiment.F.mse_loss
+    steps = []
+
+    def poisoned(restored, clean):
+        steps.append(restored.requires_grad)
+        return original(restored, clean) * (float("nan") if sum(steps) > 6 else 1)
+
+    monkeypatch.setattr(experiment.F, "mse_loss", poisoned)
+    options = ("--dataset", folder, "--batch-size", 4, "--epochs", 3)  # 4 steps an epoch
+    process = call(experiment, *options, "--output", "m.pt")
+    assert_refused(process, "epoch 2, step 3", "m.pt keeps the best model")
+    assert all(p.isfinite().all() for p in load_model("m.pt").parameters())
+
+
+# What the user had ---------------------------------------------------------------------------
+
+
+def test_an_earlier_run_is_kept_under_another_name(call, folder):
+    Path("m.pt").write_text("precious")
+    for number in (1, 2):
+        process = call(experiment, "--dataset", folder, *SHORT, "--output", "m.pt")
+        assert process.returncode == 0, process.stderr
+        assert f"m.{number}.pt" in process.stdout
+    assert Path("m.1.pt").read_text() == "precious"
+    load_model("m.2.pt")
+    load_model("m.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), experiment.replace_when_complete(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "denoising_experiment_proper",
+        "visualize_proper_results",
+        "visualize_training_data",
+        "debug_evaluation",
+        "debug_test_data",
+        "compare_baselines",
+    ],
+)
+def test_help_explains_every_option(call, script):
+    process = call(sys.modules[script], "--help")
+    assert process.returncode == 0
+    options = re.split(r"\n  (?=-)", process.stdout)[2:]  # the first is --help itself
+    assert options
+    for option in options:
+        described = " ".join(option.split())
+        assert len(described) > 30, option
+        assert "default" in described or "--resume" in described, option
+
+
+def test_scripts_start_from_any_folder(tmp_path):
+    process = run_script("visualize_proper_results.py", "--checkpoint", "none.pt", cwd=tmp_path)
+    assert_refused(process, "none.pt: no such checkpoint")
+
+
+def test_method_imports_torch_alone():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torchvision', 'skimage', 'matplotlib']));"
+        "import adaptive_attention_moe as m; print(m.AdaptiveAttentionMoE.__name__)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert process.stdout.strip() == "AdaptiveAttentionMoE", process.stderr

@@ -1,0 +1,321 @@
+"""Layer 6: ablations differ as they must, seeds repeat, extremes stay finite, no collapse."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import denoising_experiment_proper as experiment
+from adaptive_attention_moe import AdaptiveAttentionMoE, load_balancing_loss
+from denoising_experiment_proper import NoisyImageDataset, SmallViT, noisy_splits
+
+# Ablations -----------------------------------------------------------------------------------
+
+
+def with_budgets(model, k_attend):
+    """The same weights with other budgets."""
+    other = SmallViT(k_attend=k_attend)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def test_budgets_at_or_above_n_are_one_model(vit):
+    noisy = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        dense = with_budgets(vit, (64, 64, 64))(noisy)
+        assert torch.equal(with_budgets(vit, (64, 100, 999))(noisy), dense)
+
+
+def test_fewer_keys_move_the_output_further_from_dense(vit):
+    noisy = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        dense = with_budgets(vit, (64, 64, 64))(noisy)
+        distances = [
+            (with_budgets(vit, (k, k, k))(noisy) - dense).square().mean().item()
+            for k in (1, 4, 16, 63)
+        ]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] > 0
+
+
+def replace_routing(model, route):
+    """Replaces the routing of every block by route(routing)."""
+    for block in model.blocks:
+        block.attention.router.register_forward_hook(lambda _, __, routing: route(routing))
+
+
+def test_uniform_routing_differs_from_the_routers(vit):
+    noisy = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        before = vit.eval()(noisy)
+        replace_routing(vit, lambda p: torch.full_like(p, 1 / p.shape[-1]))
+        after, routings = vit(noisy, return_routing=True)
+    assert all((r == 1 / 3).all() for r in routings)
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_first_choice_routing_differs_from_soft_routing(vit):
+    noisy = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        before = vit.eval()(noisy)
+        replace_routing(
+            vit, lambda p: torch.nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype)
+        )
+        assert (vit(noisy) - before).abs().max() > 1e-3
+
+
+def test_an_expert_without_weight_can_be_removed(vit):
+    noisy = torch.rand(2, 3, 32, 32)
+
+    def silence_last(p):
+        p = p.clone()
+        p[..., 2] = 0
+        return p
+
+    replace_routing(vit, silence_last)
+    with torch.no_grad():
+        before = vit.eval()(noisy)
+        for block in vit.blocks:
+            for parameter in block.attention.experts[2].parameters():
+                parameter.normal_()
+        assert torch.allclose(vit(noisy), before, atol=1e-5)
+
+
+def test_identical_experts_make_the_router_irrelevant(moe):
+    for expert in moe.experts:
+        expert.load_state_dict(moe.experts[0].state_dict())
+        expert.k_attend = 5
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    before = moe(x)[0]
+    with torch.no_grad():
+        moe.router.mlp[-1].bias.copy_(torch.tensor([3.0, 0.0, -3.0]))
+    assert torch.allclose(moe(x)[0], before, atol=1e-12)
+
+
+def test_positions_matter(vit, photos):
+    """Without its position embedding the model could not tell a shuffled image from the image."""
+    noisy = photos.test.images[:4].float() / 255
+    patches = noisy.unfold(2, 4, 4).unfold(3, 4, 4)  # [B, 3, 8, 8, 4, 4]
+
+    def shuffle(images, order):
+        p = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3)[:, :, order]
+        return p.unflatten(2, (8, 8)).transpose(3, 4).reshape(images.shape)
+
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    assert patches.shape[2:4] == (8, 8)
+    with torch.no_grad():
+        vit.train()  # not clamped
+        vit.position.mul_(50)
+        assert not torch.allclose(vit(shuffle(noisy, order)), shuffle(vit(noisy), order), atol=1e-2)
+        vit.position.zero_()
+        vit.double()
+        a, b = vit(shuffle(noisy, order).double()), shuffle(vit(noisy.double()), order)
+        assert torch.allclose(a, b, atol=1e-9)
+
+
+# Collapse ------------------------------------------------------------------------------------
+
+
+def load_after_training(balance_weight):
+    """Share of each expert after 150 steps that started with a router sure of expert 0."""
+    torch.manual_seed(0)
+    layer = AdaptiveAttentionMoE(16, 2, (2, 4, 8))
+    with torch.no_grad():
+        layer.router.mlp[-1].bias.copy_(torch.tensor([4.0, 0.0, 0.0]))
+    optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)
+    x = torch.randn(8, 8, 16)
+    target = layer.experts[0](x).detach()  # the task itself wants expert 0
+    for _ in range(150):
+        output, routing = layer(x)
+        loss = (output - target).square().mean() + balance_weight * load_balancing_loss(routing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return routing.mean((0, 1)).detach()
+
+
+def test_load_balancing_prevents_collapse():
+    collapsed, balanced = load_after_training(0.0), load_after_training(0.1)
+    assert collapsed.max() > 0.6
+    assert balanced.max() < 0.4
+
+
+def test_trained_routers_use_every_expert(trained):
+    for block in trained.checkpoint["test"]["utilisation"]:
+        assert min(block) > 0.1
+        assert sum(block) == pytest.approx(1, abs=1e-4)
+
+
+# Reproducibility -----------------------------------------------------------------------------
+
+
+def train_on(call, folder, output, *options):
+    arguments = ("--dataset", folder, "--batch-size", 4, "--epochs", 3, "--output", output)
+    return call(experiment, *arguments, *options)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same_weights(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_seed_repeats_bit_for_bit_and_another_does_not(call, folder):
+    for output, options in (("a.pt", ()), ("b.pt", ()), ("c.pt", ("--seed", 7))):
+        assert train_on(call, folder, output, *options).returncode == 0
+    assert same_weights(weights("a.pt"), weights("b.pt"))
+    assert not same_weights(weights("a.pt"), weights("c.pt"))
+    history = [
+        [line.rsplit(",", 1)[0] for line in Path(f"{name}_history.csv").read_text().splitlines()]
+        for name in "ab"
+    ]
+    assert history[0] == history[1]  # all but the seconds
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 7, 12], ids=lambda n: f"step{n}")
+def test_resume_gives_the_weights_of_an_uninterrupted_run(call, folder, monkeypatch, stop_after):
+    """Interrupted in the first epoch, between epochs, in the second, at the very end."""
+    assert train_on(call, folder, "whole.pt").returncode == 0
+    original = torch.nn.utils.clip_grad_norm_
+    steps = []
+
+    def press_ctrl_c(*arguments):
+        steps.append(1)
+        if len(steps) == stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.nn.utils, "clip_grad_norm_", press_ctrl_c)
+        process = train_on(call, folder, "parts.pt")
+    if stop_after < 12:  # 4 steps an epoch; after the last one nothing is left to stop
+        assert process.returncode == 130
+        assert "--resume" in process.stdout
+        experiment.load_model("parts.pt")
+        process = train_on(call, folder, "parts.pt", "--resume")
+    assert process.returncode == 0, process.stderr
+    assert same_weights(weights("parts.pt"), weights("whole.pt"))
+    assert not Path("parts_resume.pt").exists()
+
+
+def test_resume_refuses_another_recipe(call, folder, monkeypatch):
+    original = torch.nn.utils.clip_grad_norm_
+
+    def press_ctrl_c(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.nn.utils, "clip_grad_norm_", press_ctrl_c)
+        train_on(call, folder, "m.pt")
+    process = train_on(call, folder, "m.pt", "--resume", "--lr", 0.5)
+    assert process.returncode == 2
+    assert "the interrupted run had lr 0.001, this one has 0.5" in process.stderr
+
+
+def test_evaluation_noise_is_the_same_for_any_batch_size(photos):
+    dataset = NoisyImageDataset(photos.test[:50], stream=2)
+    whole = torch.cat([noisy for noisy, _, _ in dataset.batches(50)])
+    for size in (1, 7, 64):
+        assert torch.equal(torch.cat([noisy for noisy, _, _ in dataset.batches(size)]), whole)
+    assert torch.equal(dataset[33][0], whole[33])
+    assert torch.equal(dataset[-1][0], whole[-1])
+
+
+def test_splits_epochs_and_images_have_noise_of_their_own(photos):
+    train, val, test = noisy_splits(photos, 0.2)
+    assert not torch.equal(val._batch_with_own_noise(range(2))[0], test[0][0])
+    grey = NoisyImageDataset(photos.test[[0, 0]])
+    assert not torch.equal(grey[0][0], grey[1][0])
+    first, again, second, other = (
+        next(train.shuffled_batches(8, seed, epoch))[0]
+        for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_an_epoch_sees_every_image_once(photos):
+    labels = torch.arange(len(photos.val))
+    photos_val = photos.val[:]
+    photos_val.labels = labels
+    dataset = NoisyImageDataset(photos_val)
+    seen = torch.cat([batch[2] for batch in dataset.shuffled_batches(64, seed=0, epoch=3)])
+    assert not torch.equal(seen, labels)
+    assert torch.equal(seen.sort().values, labels)
+
+
+def test_batches_can_start_later(photos):
+    dataset = NoisyImageDataset(photos.val)
+    batches = list(dataset.shuffled_batches(128, seed=0, epoch=1))
+    late = list(dataset.shuffled_batches(128, seed=0, epoch=1, start=2))
+    assert len(late) == len(batches) - 2
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(batches[2:], late, strict=True))
+
+
+def test_lossless_share_is_kept(photos):
+    split = photos.train[:1000]
+    split.lossless = torch.arange(1000) < 100
+    split.labels = split.lossless.long()
+    dataset = NoisyImageDataset(split)
+    for lossless_share in (0.0, 0.5, 1.0):
+        batches = dataset.shuffled_batches(64, 0, 1, lossless_share)
+        labels = torch.cat([labels for _, _, labels in batches])
+        assert len(labels) == 1000
+        assert labels.double().mean().item() == lossless_share
+
+
+# Extremes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
+def test_flat_images_stay_finite(vit, value):
+    noisy = torch.full((2, 3, 32, 32), value)
+    image = vit(noisy)
+    image.square().mean().backward()
+    assert image.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in vit.parameters())
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e3, 1e6])
+def test_extreme_tokens_stay_finite(seeded, scale):
+    layer = AdaptiveAttentionMoE(16, 2, (1, 4, 64))
+    x = (scale * torch.randn(2, 9, 16)).requires_grad_()
+    output, routing = layer(x)
+    (output.square().mean() + load_balancing_loss(routing)).backward()
+    assert output.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.01, 1.0, 100.0])
+def test_any_noise_level_stays_in_range(photos, sigma):
+    noisy, clean, _ = next(NoisyImageDataset(photos.test, sigma).batches(16))
+    assert noisy.isfinite().all()
+    assert noisy.min() >= 0
+    assert noisy.max() <= 1
+    assert torch.equal(noisy, clean) == (sigma == 0)
+
+
+@pytest.mark.parametrize("sigma", [-0.1, float("nan")])
+def test_impossible_noise_is_refused(photos, sigma):
+    with pytest.raises(ValueError, match="noise_level"):
+        NoisyImageDataset(photos.test, sigma)
+
+
+def test_images_of_another_type_are_refused(photos):
+    split = photos.test[:2]
+    split.images = split.images.float()
+    with pytest.raises(ValueError, match="uint8"):
+        NoisyImageDataset(split)
+
+
+def test_model_output_is_an_image_whatever_the_input(vit):
+    with torch.no_grad():
+        image = vit.eval()(1e4 * torch.randn(2, 3, 32, 32))
+    assert image.min() >= 0
+    assert image.max() <= 1

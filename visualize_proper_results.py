@@ -1,0 +1,150 @@
+"""Tests a checkpoint on the whole test set and draws what the model and its routers did.
+
+    python visualize_proper_results.py     # best_denoising_model_proper.pt on CIFAR-10
+
+Writes denoising_visualization_proper.png, six images from the worst to the best decile, and
+beside it a CSV with the figures of every test image.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+
+from command_line import (
+    add_output,
+    check_writable,
+    make_parser,
+    replace_when_complete,
+    run_main,
+)
+from denoising_experiment_proper import (
+    evaluate,
+    load_for_evaluation,
+    noisy_splits,
+    psnr,
+    result_line,
+    ssim,
+)
+
+# Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
+PERCENTILES = (5, 23, 41, 59, 77, 95)
+
+
+def rank_images(psnrs):
+    """Indices of the images at PERCENTILES of PSNR, worst first."""
+    order = np.argsort(psnrs, kind="stable")
+    return [int(order[round(p / 100 * (len(order) - 1))]) for p in PERCENTILES]
+
+
+def summary_table(result):
+    """Text table: mean, std, median, mean of the worst and of the best decile."""
+    rows = ["             mean     std  median  worst 10 %  best 10 %"]
+    for name, values in (("PSNR (dB)", result.psnr), ("SSIM", result.ssim)):
+        ordered = np.sort(values)
+        decile = max(1, len(ordered) // 10)
+        rows.append(
+            f"{name:<9} {values.mean():7.4g} {values.std():7.4g} {np.median(values):7.4g} "
+            f"{ordered[:decile].mean():11.4g} {ordered[-decile:].mean():10.4g}"
+        )
+    return "\n".join(rows)
+
+
+def draw(model, dataset, indices, k_attend, title):
+    """Figure: a row per image; noisy, denoised and true, then each block's expert weights.
+
+    Args:
+        model: SmallViT in evaluation mode.
+        dataset: NoisyImageDataset.
+        indices: images to draw.
+        k_attend: budget of each expert, for the headings.
+        title: of the figure.
+    """
+    device = next(model.parameters()).device
+    noisy, clean, _ = (torch.stack(t) for t in zip(*(dataset[i] for i in indices), strict=True))
+    with torch.inference_mode():
+        restored, routings = model(noisy.to(device), return_routing=True)
+    restored = restored.cpu()
+    # [images, blocks, E, grid, grid]
+    maps = torch.stack(routings, 1).transpose(2, 3).unflatten(3, (model.grid, model.grid)).cpu()
+    blocks, experts = maps.shape[1:3]
+    spread = (maps - 1 / experts).abs().max().item()  # white is an even split
+
+    columns = 3 + blocks * experts
+    ratios = [1.6] * 3 + [1] * (columns - 3)
+    figure, axes = plt.subplots(
+        len(indices),
+        columns,
+        figsize=(sum(ratios) * 1.3 + 0.9, len(indices) * 2.0 + 1.2),
+        gridspec_kw={"width_ratios": ratios},
+        layout="constrained",
+        squeeze=False,
+    )
+    for row, (x, y, target) in enumerate(zip(noisy, restored, clean, strict=True)):
+        for axis, image in zip(axes[row], (x, y, target), strict=False):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            if image is not target:
+                axis.set_xlabel(
+                    f"{psnr(image.numpy(), target.numpy()):.2f} dB, "
+                    f"SSIM {ssim(image.numpy(), target.numpy()):.3f}"
+                )
+        axes[row, 0].set_ylabel(f"percentile {PERCENTILES[row]}")
+        for column in range(blocks * experts):
+            block, expert = divmod(column, experts)
+            weights = maps[row, block, expert].numpy()
+            picture = axes[row, 3 + column].imshow(
+                weights, cmap="RdBu_r", vmin=1 / experts - spread, vmax=1 / experts + spread
+            )
+            axes[row, 3 + column].set_xlabel(f"mean {weights.mean():.2f}")
+    for axis, name in zip(axes[0], ("noisy", "denoised", "ground truth"), strict=False):
+        axis.set_title(name)
+    for column in range(blocks * experts):
+        block, expert = divmod(column, experts)
+        axes[0, 3 + column].set_title(
+            f"block {block + 1}\nexpert k={k_attend[expert]}", fontsize=10
+        )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    bar = figure.colorbar(picture, ax=axes[:, 3:], location="right", shrink=0.5, pad=0.02)
+    bar.set_label("routing weight of the token (white: even split)")
+    figure.suptitle(title)
+    return figure
+
+
+def main():
+    parser = make_parser(
+        "Tests a checkpoint on the whole test set; draws six images from the worst to the best "
+        "decile with the router's decisions; writes a CSV with every image's figures beside it.",
+        *("checkpoint", "dataset", "data-dir", "noise-level", "device", "threads"),
+    )
+    add_output(parser, "denoising_visualization_proper.png", "picture to write")
+    args = parser.parse_args()
+    output, table = Path(args.output), Path(args.output).with_suffix(".csv")
+    for path in (output, table):
+        check_writable(path)
+    _, model, source, noise_level, device = load_for_evaluation(args)
+    test_set = noisy_splits(source, noise_level)[2]
+    result = evaluate(model, test_set, device)
+
+    with replace_when_complete(table) as path, open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "class", "noisy_psnr_db", "psnr_db", "ssim"])
+        scores = zip(result.noisy_psnr, result.psnr, result.ssim, strict=True)
+        for index, (before, after, similarity) in enumerate(scores):
+            name = source.classes[test_set.split.labels[index]]
+            writer.writerow([index, name, f"{before:.4f}", f"{after:.4f}", f"{similarity:.5f}"])
+    line = result_line(result.psnr, result.ssim, source.name)
+    title = f"Worst to best of {len(test_set):,} test images, σ = {noise_level:g}\n{line}"
+    figure = draw(model, test_set, rank_images(result.psnr), model.config["k_attend"], title)
+    with replace_when_complete(output) as path:
+        figure.savefig(path, dpi=110)
+    print(summary_table(result))
+    print(f"wrote {output} and {table}")
+    print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
