@@ -119,6 +119,7 @@ def _load_photos():
     classes = [name for names in PHOTOS.values() for name in names]
     splits = {}
     for part, names in PHOTOS.items():
+        stride = SIZE // 4 if part == "train" else SIZE // 2
         images, labels = [], []
         for name in names:
             photo = getattr(skimage.data, name)()
@@ -126,7 +127,7 @@ def _load_photos():
             for scale in (3, 4, 6, 8):  # thumbnails, as busy as CIFAR's
                 small = downscale_local_mean(photo.astype(np.float32), (scale, scale, 1))
                 if min(small.shape[:2]) >= SIZE:
-                    images.append(_crops(small.round().astype(np.uint8), SIZE // 4))
+                    images.append(_crops(small.round().astype(np.uint8), stride))
                     labels += [classes.index(name)] * len(images[-1])
         images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
         splits[part] = Split(images, torch.tensor(labels), torch.ones(len(images)) > 0)
