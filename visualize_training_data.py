@@ -94,7 +94,7 @@ def draw(noisy, clean, difference, sigma, title):
         for axis, image in zip(axes[row], shown, strict=True):
             axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        axes[row, 0].set_ylabel(f"{clean[row].min():.2f} … {clean[row].max():.2f}")
+        axes[row, 0].set_ylabel(f"range {clean[row].min():.2f} … {clean[row].max():.2f}")
         axes[row, 2].set_ylabel(f"std {difference[row].std():.3f}")
     for axis, name in zip(axes[0], ("clean", "noisy", "difference (±3σ)"), strict=True):
         axis.set_title(name)
