@@ -82,8 +82,8 @@ def alternate(functions, repeats, device):
         for name, function in functions.items():
             started = time.perf_counter()
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}

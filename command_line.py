@@ -22,15 +22,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def number(kind, least, strictly=False):
-    """argparse type: a finite int or float of at least `least` (above it when strictly)."""
+    """argparse type: a finite float, or an int below 2³¹, of at least `least` (or above it)."""
     words = f"{'above' if strictly else 'at least'} {least}"
+    most = 2**31 - 1 if kind is int else sys.float_info.max
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (value > least if strictly else value >= least) or value == float("inf"):
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got '{text}'")
+        if not (value > least if strictly else value >= least):
             noun = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"must be a {noun} {words}, got '{text}'")
         return value
@@ -129,17 +132,17 @@ def select_device(name, threads=None):
 def replace_when_complete(path):
     """Yields a temporary path beside `path`; renames it to `path` when the block succeeds.
 
-    The temporary name keeps the suffix, from which matplotlib takes the format.
+    A link is followed. The temporary name keeps the suffix, from which matplotlib takes the format.
 
     Raises:
-        UserError: the folder does not exist or cannot be written.
+        UserError: `path` is something else than a file, or its folder cannot be written.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist; create it")
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    path = Path(os.path.realpath(path))
     try:
+        if not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: its folder does not exist; create it")
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is a folder or a device; name a file")
         handle, temporary = tempfile.mkstemp(path.suffix, f".{path.stem}.", path.parent)
         os.close(handle)
         umask = os.umask(0)
@@ -172,6 +175,8 @@ class _Abandon(Exception):
 
 def run_main(main):
     """Runs a script's main(); bad input ends in one sentence on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # not every terminal and log file knows σ
     try:
         code = main()
     except UserError as error:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 from tqdm import tqdm
@@ -296,7 +297,7 @@ class Evaluation:
         noisy_psnr: float64 [n], dB, of the noisy images.
         psnr: float64 [n], dB, of the denoised images.
         ssim: float64 [n], of the denoised images.
-        utilisation: float64 [blocks, E], mean routing probability of each expert.
+        utilisation: float32 [blocks, E], mean routing probability of each expert.
     """
 
     mse: float
@@ -392,7 +393,10 @@ def result_line(psnr, ssim, dataset_name):
 def save_atomically(state, path):
     """torch.save to a temporary file, then rename: `path` is never half written."""
     with replace_when_complete(path) as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError:  # what torch makes of a disk without space
+            raise UserError(f"cannot write {path}: the disk is full; make room on it") from None
 
 
 def load_checkpoint(path, keys=("model", "config", "recipe", "epoch", "val_mse")):
@@ -457,12 +461,13 @@ def load_model(path):
     return model_of(load_checkpoint(path), path)
 
 
-def load_for_evaluation(args):
+def load_for_evaluation(args, same_images=False):
     """What a script that reads a model starts with.
 
     Args:
         args: checkpoint, dataset, data_dir, noise_level (None: the model's), device and threads of
             the command line.
+        same_images: refuse a data set other than the one of the training.
 
     Returns:
         (checkpoint dict, SmallViT on the device, ImageSource, σ, device).
@@ -474,8 +479,16 @@ def load_for_evaluation(args):
     checkpoint = load_checkpoint(args.checkpoint)
     model = model_of(checkpoint, args.checkpoint).to(device)
     recipe = checkpoint["recipe"]
+    refusal = UserError(
+        f"{args.checkpoint} was trained and tested on {recipe['dataset']}; "
+        "name the same images with --dataset"
+    )
+    if same_images and not args.dataset and recipe["dataset"] not in ("photos", "CIFAR-10"):
+        raise refusal  # before anything is downloaded
     dataset = args.dataset or ("photos" if recipe["dataset"] == "photos" else "cifar10")
     source = load_images(dataset, args.data_dir, recipe["seed"])
+    if same_images and source.name != recipe["dataset"]:
+        raise refusal
     noise_level = recipe["noise_level"] if args.noise_level is None else args.noise_level
     print(
         f"{args.checkpoint}: {count_parameters(model):,} parameters, epoch {checkpoint['epoch']} "
@@ -496,7 +509,7 @@ class RunFiles:
     checkpoint: Path
 
     def __post_init__(self):
-        stem = self.checkpoint.with_suffix("")
+        stem = str(self.checkpoint).removesuffix(".pt")
         self.history = Path(f"{stem}_history.csv")
         self.curve = Path(f"{stem}_curve.png")
         self.resume = Path(f"{stem}_resume.pt")
@@ -509,17 +522,26 @@ class RunFiles:
 
     def keep_existing(self):
         """Renames what an earlier run left under these names; nothing is overwritten."""
-        paths = [p for p in self.all if p.exists()]
-        number = 1
-        while any(_numbered(p, number).exists() for p in paths):
+        kept, number = self, 0
+        while any(path.exists() for path in kept.all):
             number += 1
-        for path in paths:
-            os.replace(path, _numbered(path, number))
-            print(f"kept the existing {path} as {_numbered(path, number)}")
+            kept = RunFiles(self.checkpoint.with_suffix(f".{number}{self.checkpoint.suffix}"))
+        for path, new in zip(self.all, kept.all, strict=True):
+            if path.exists():
+                os.replace(path, new)
+                print(f"kept the existing {path} as {new}")
 
 
-def _numbered(path, number):
-    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+def check_picture(path):
+    """Fails now if a picture could not be written to `path`.
+
+    Raises:
+        UserError: matplotlib knows no such format, or as check_writable does.
+    """
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.lower().lstrip(".") not in formats:
+        raise UserError(f"cannot draw {path}: unknown kind of picture; use .png, .pdf or .svg")
+    check_writable(path)
 
 
 def write_history(history, files):
@@ -562,8 +584,7 @@ class StopRequest:
 
 def make_optimizer(model, lr):
     """AdamW of the published recipe."""
-    on_mps = next(model.parameters()).device.type == "mps"  # where torch has no fused kernel
-    return torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY, fused=not on_mps)
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def training_step(model, optimizer, noisy, clean):
@@ -626,6 +647,14 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
             files.resume,
         )
 
+    def check_finite(loss):
+        if not math.isfinite(loss):
+            kept = f"{files.checkpoint} keeps the best model so far" if history else ""
+            raise UserError(
+                f"the loss became {loss} in epoch {progress['epoch']}, step {progress['step']}; "
+                f"{kept or 'no epoch was complete'}; try a smaller --lr than {args.lr:g}"
+            )
+
     history = progress["history"]
     steps = math.ceil(len(train_set) / args.batch_size)
     done = (progress["epoch"] - 1) * steps + progress["step"]
@@ -644,13 +673,7 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
                 noisy, clean = noisy.to(device), clean.to(device)
                 mse, balance = training_step(model, optimizer, noisy, clean)
                 progress["step"] += 1
-                if not math.isfinite(mse + balance):
-                    kept = f"{files.checkpoint} keeps the best model so far" if history else ""
-                    raise UserError(
-                        f"the loss became {mse + BALANCE_WEIGHT * balance} in epoch {epoch}, "
-                        f"step {progress['step']}; {kept or 'no epoch was complete'}; "
-                        f"try a smaller --lr than {args.lr:g}"
-                    )
+                check_finite(mse + BALANCE_WEIGHT * balance)
                 progress["loss_sums"][0] += mse * len(clean)
                 progress["loss_sums"][1] += balance * len(clean)
                 recent.append(mse)
@@ -668,6 +691,7 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
                 break
 
             val_mse = validation_mse(model, val_set, device)
+            check_finite(val_mse)
             history.append(
                 {
                     "epoch": epoch,

@@ -135,11 +135,19 @@ def _load_photos():
 
 
 def read_image(path):
-    """Reads a file as uint8 RGB [h, w, 3]: grey becomes colour, alpha is laid over white."""
+    """Reads a file as uint8 RGB [h, w, 3]: grey becomes colour, alpha is laid over white.
+
+    Raises:
+        OSError, ValueError, SyntaxError: it is no image, or its values have no known range.
+    """
     with Image.open(path) as image:
+        is_png = image.format == "PNG"
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits per pixel
+        # Pillow releases differ in the mode that they give a PNG of 16 bits.
+        if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("32 bits per value, of a range that the file does not tell")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")

@@ -3,7 +3,7 @@
     python visualize_proper_results.py     # best_denoising_model_proper.pt on CIFAR-10
 
 Writes denoising_visualization_proper.png, six images from the worst to the best decile, and
-beside it a CSV with the figures of every test image.
+denoising_visualization_proper_images.csv, the figures of every test image.
 """
 
 import csv
@@ -21,6 +21,7 @@ from command_line import (
     run_main,
 )
 from denoising_experiment_proper import (
+    check_picture,
     evaluate,
     load_for_evaluation,
     noisy_splits,
@@ -121,9 +122,10 @@ def main():
     )
     add_output(parser, "denoising_visualization_proper.png", "picture to write")
     args = parser.parse_args()
-    output, table = Path(args.output), Path(args.output).with_suffix(".csv")
-    for path in (output, table):
-        check_writable(path)
+    output = Path(args.output)
+    table = output.with_name(f"{output.stem}_images.csv")
+    check_picture(output)
+    check_writable(table)
     _, model, source, noise_level, device = load_for_evaluation(args)
     test_set = noisy_splits(source, noise_level)[2]
     result = evaluate(model, test_set, device)

@@ -12,12 +12,11 @@ from matplotlib import pyplot as plt
 
 from command_line import (
     add_output,
-    check_writable,
     make_parser,
     replace_when_complete,
     run_main,
 )
-from denoising_experiment_proper import noisy_splits
+from denoising_experiment_proper import check_picture, noisy_splits
 from image_sources import load_images
 
 MEASURED_IMAGES = 4096  # at most; 12.6 million values fix the standard deviation to 0.03 %
@@ -78,8 +77,6 @@ def check_noise(noisy, clean, sigma):
         ("std of the noise", difference.std().item(), std, 5 * error),
         ("smallest noisy value", noisy.min().item(), 0.5, 0.5),
         ("largest noisy value", noisy.max().item(), 0.5, 0.5),
-        ("smallest clean value", clean.min().item(), 0.5, 0.5),
-        ("largest clean value", clean.max().item(), 0.5, 0.5),
     ], difference
 
 
@@ -126,7 +123,7 @@ def main():
     )
     add_output(parser, "training_data_verification.png", "picture to write")
     args = parser.parse_args()
-    check_writable(args.output)
+    check_picture(args.output)
     source = load_images(args.dataset, args.data_dir, args.seed)
     train_set = noisy_splits(source, args.noise_level)[0]
     noisy, clean, _ = next(train_set.shuffled_batches(MEASURED_IMAGES, args.seed, epoch=1))

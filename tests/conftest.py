@@ -1,4 +1,4 @@
-"""What the six layers share: the oracles, small data, and a way to run the scripts."""
+"""What the six layers share: small data, and a way to run the scripts."""
 
 import os
 import subprocess

@@ -112,7 +112,7 @@ def test_metrics_are_those_of_the_definitions(photos):
 def test_visualization_shows_and_tells_the_whole_test_set(trained, call):
     process = call(visualize_proper_results, "--checkpoint", trained.path / "model.pt")
     assert process.returncode == 0, process.stderr
-    rows = read_csv("denoising_visualization_proper.csv")
+    rows = read_csv("denoising_visualization_proper_images.csv")
     psnrs = np.array([float(row["psnr_db"]) for row in rows])
     test = trained.checkpoint["test"]
     assert len(psnrs) == 204
@@ -285,6 +285,13 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
     assert (read_image(tmp_path / "deep.png") == 77).all()
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_of_unknown_range_are_not_guessed(tmp_path, kind):
+    Image.fromarray(np.full((32, 32), 100, dtype=kind)).save(tmp_path / "raw.tif")
+    with pytest.raises(ValueError, match="range"):
+        read_image(tmp_path / "raw.tif")
+
+
 def test_unusable_files_are_named_and_skipped(folder, capsys):
     (folder / "train" / "a" / "notes.txt").write_text("not an image")
     (folder / "train" / "a" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
@@ -345,6 +352,7 @@ def test_no_network_names_the_alternatives(call, monkeypatch):
         (("--lr", "0"), "--lr: must be a number above 0, got '0'"),
         (("--lr", "inf"), "--lr"),
         (("--seed", "-1"), "--seed"),
+        (("--seed", "99999999999"), "at most 2147483647"),
         (("--device", "tpu"), "--device"),
         (("--lossless-share", "1.5"), "between 0 and 1"),
         (("--dataset", "nowhere"), "nowhere: no such folder"),
@@ -388,6 +396,27 @@ def test_an_unwritable_folder_is_refused_before_the_work(call, monkeypatch):
     monkeypatch.setattr("command_line.tempfile.mkstemp", refuse)
     process = call(experiment, "--dataset", "photos")
     assert_refused(process, "cannot write", "Permission denied")
+
+
+@pytest.mark.parametrize("script", [visualize_training_data, visualize_proper_results])
+def test_an_unknown_kind_of_picture_is_refused_before_the_work(call, script):
+    assert_refused(call(script, "--output", "picture.xyz"), "picture.xyz", ".png")
+
+
+def test_devices_and_folders_are_no_output_files(call, tmp_path):
+    for path in ("/dev/null", tmp_path):
+        assert_refused(call(experiment, "--dataset", "photos", "--output", path), "name a file")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(experiment.UserError, match="disk is full"):
+        experiment.save_atomically({}, tmp_path / "m.pt")
+    assert not list(tmp_path.iterdir())
 
 
 class Attack:
@@ -436,6 +465,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(call, folder):
     assert not Path("m.pt").exists()
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run(call, folder):
+    """One step an epoch: only the validation sees what the step did."""
+    options = ("--dataset", folder, "--batch-size", 64, "--epochs", 2, "--lr", 1e30)
+    process = call(experiment, *options, "--output", "m.pt")
+    assert_refused(process, "the loss became", "no epoch was complete")
+    assert not list(Path().glob("*.pt"))
+
+
 def test_a_late_loss_that_is_not_finite_keeps_the_last_good_model(call, folder, monkeypatch):
     original = experiment.F.mse_loss
     steps = []
@@ -463,6 +500,26 @@ def test_an_earlier_run_is_kept_under_another_name(call, folder):
     assert Path("m.1.pt").read_text() == "precious"
     load_model("m.2.pt")
     load_model("m.pt")
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "target.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "target.txt")
+    with experiment.replace_when_complete(tmp_path / "link.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "target.txt").read_text() == "new"
+
+
+def test_files_of_runs_with_dots_in_their_names_stay_apart():
+    one, other = (set(experiment.RunFiles(Path(f"sigma0.{i}")).all) for i in (1, 2))
+    assert not one & other
+
+
+def test_a_terminal_without_greek_is_no_obstacle(trained, tmp_path):
+    arguments = ("--checkpoint", trained.path / "model.pt", "--dataset", "photos")
+    process = run_script("debug_evaluation.py", *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert process.returncode == 0, process.stderr
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
