@@ -14,16 +14,22 @@ Shapes: B images, N tokens, D = d_model, H heads of d_head = D / H channels, E e
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# Scores held at a time, 64 MiB in float32: longer sequences are processed in blocks of queries.
+MAX_SCORES = 2**24
 
 
 def topk_attention(query, key, value, k_attend, dropout_p=0.0):
     """Scaled dot-product attention in which every query attends to its top-k keys.
 
     softmax over {j : s_ij among the k_attend largest of row i}, with s = query keyᵀ / √d_head
-    ("Explicit Sparse Transformer", Zhao et al. 2019, equations 4 to 6). The selection is exact.
+    ("Explicit Sparse Transformer", Zhao et al. 2019). The selection is exact.
     Keys that tie with the k-th largest score are all kept, so that the result never depends on
     the order of the keys. The selected values are never gathered: scores below each row's k-th
-    largest are masked, and plain matrix products do the rest.
+    largest are masked, and plain matrix products do the rest. Where all scores would be more than
+    MAX_SCORES, blocks of queries are processed one after another and recomputed in the backward
+    pass, so that memory grows linearly with the number of tokens.
 
     Args:
         query: [..., N_q, d_head].
@@ -42,6 +48,18 @@ def topk_attention(query, key, value, k_attend, dropout_p=0.0):
         raise ValueError(f"k_attend must be at least 1, got {k_attend}")
     if k_attend >= key.shape[-2]:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p)
+    scores_per_query = query.shape[:-2].numel() * key.shape[-2]
+    block = max(1, MAX_SCORES // max(1, scores_per_query))
+    if block >= query.shape[-2]:
+        return _attend_to_best(query, key, value, k_attend, dropout_p)
+    blocks = [
+        checkpoint(_attend_to_best, part, key, value, k_attend, dropout_p, use_reentrant=False)
+        for part in query.split(block, dim=-2)
+    ]
+    return torch.cat(blocks, dim=-2)
+
+
+def _attend_to_best(query, key, value, k_attend, dropout_p):
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [..., N_q, N_k]
     with torch.no_grad():  # the selection has no gradient of its own
         kept = scores.topk(k_attend, dim=-1, sorted=False).values

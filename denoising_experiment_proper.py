@@ -198,7 +198,8 @@ class SmallViT(nn.Module):
     """Vision transformer that maps a noisy image to a clean one; 599,689 parameters by default.
 
     Args:
-        image_size: side of the square input, pixels.
+        image_size: side of the square images of the training, pixels. Images of other sizes can be
+            denoised too, see forward.
         patch_size: side of a patch, pixels; has to divide image_size.
         in_channels: colour channels.
         d_model: channels of a token.
@@ -249,7 +250,8 @@ class SmallViT(nn.Module):
         """Denoises images.
 
         Args:
-            noisy: [B, 3, image_size, image_size] in [0, 1].
+            noisy: [B, 3, h, w] in [0, 1], h and w multiples of patch_size. The position embedding
+                is interpolated (bicubic) to another number of patches than that of the training.
             return_routing: also return what the routers decided.
 
         Returns:
@@ -261,21 +263,31 @@ class SmallViT(nn.Module):
         Raises:
             ValueError: the images have another shape.
         """
-        side, channels = self.config["image_size"], self.config["in_channels"]
-        if noisy.ndim != 4 or noisy.shape[1:] != (channels, side, side):
+        patch, channels = self.config["patch_size"], self.config["in_channels"]
+        if noisy.ndim != 4 or noisy.shape[1] != channels or noisy.shape[2:].numel() == 0:
+            raise ValueError(f"expected images [B, {channels}, h, w], got {list(noisy.shape)}")
+        if noisy.shape[2] % patch or noisy.shape[3] % patch:
             raise ValueError(
-                f"expected images [B, {channels}, {side}, {side}], got {list(noisy.shape)}"
+                f"height and width have to be multiples of the patch size {patch}, "
+                f"got {list(noisy.shape)}"
             )
-        x = self.patch_embed(noisy).flatten(2).transpose(1, 2) + self.position  # [B, N, D]
+        x = self.patch_embed(noisy)  # [B, D, h / patch, w / patch]
+        grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2) + self._position_for(grid)  # [B, N, D]
         routings = []
         for block in self.blocks:
             x, routing = block(x)
             routings.append(routing)
-        x = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, D, grid, grid]
-        image = self.patch_unembed(x)
+        image = self.patch_unembed(x.transpose(1, 2).unflatten(2, grid))
         if not self.training:
             image = image.clamp(0, 1)
         return (image, routings) if return_routing else image
+
+    def _position_for(self, grid):
+        if tuple(grid) == (self.grid, self.grid):
+            return self.position
+        learned = self.position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return F.interpolate(learned, grid, mode="bicubic").flatten(2).transpose(1, 2)
 
 
 def count_parameters(model):

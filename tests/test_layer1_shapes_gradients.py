@@ -83,6 +83,24 @@ def test_vit_of_other_sizes(config):
     assert model(torch.rand(shape)).shape == shape
 
 
+@pytest.mark.parametrize("size", [(48, 48), (20, 64), (4, 4)])
+def test_vit_takes_other_image_sizes(vit, size):
+    image, routings = vit(torch.rand(2, 3, *size), return_routing=True)
+    assert image.shape == (2, 3, *size)
+    assert routings[0].shape == (2, size[0] * size[1] // 16, 3)
+
+
+def test_positions_are_interpolated_in_their_place(vit):
+    """Twice the patches: the mean of 2×2 new positions is close to the old one."""
+    grid = torch.linspace(0, 1, 8)
+    smooth = (grid[:, None] + 2 * grid[None, :]).reshape(1, 64, 1)  # rows and columns differ
+    with torch.no_grad():
+        vit.position.copy_(smooth.expand(1, 64, 128))
+        doubled = vit._position_for((16, 16)).reshape(8, 2, 8, 2, 128).mean((1, 3))
+    assert torch.allclose(doubled.reshape(1, 64, 128), vit.position, atol=0.05)
+    assert vit._position_for((8, 8)) is vit.position
+
+
 def test_gradients_reach_every_parameter(vit):
     image, routings = vit(torch.rand(2, 3, 32, 32), return_routing=True)
     (image.square().mean() + sum(map(load_balancing_loss, routings))).backward()
@@ -152,6 +170,8 @@ def test_clamped_in_evaluation_only(vit):
         (lambda: SmallViT(image_size=30), "image_size=30, patch_size=4"),
         (lambda: SmallViT()(torch.zeros(1, 3, 32, 31)), r"\[1, 3, 32, 31\]"),
         (lambda: SmallViT()(torch.zeros(3, 32, 32)), r"\[3, 32, 32\]"),
+        (lambda: SmallViT()(torch.zeros(1, 1, 32, 32)), r"\[1, 1, 32, 32\]"),
+        (lambda: SmallViT()(torch.zeros(1, 3, 0, 32)), r"\[1, 3, 0, 32\]"),
     ],
 )
 def test_wrong_arguments_are_named(make, words):

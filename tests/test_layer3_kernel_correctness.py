@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import adaptive_attention_moe
 from adaptive_attention_moe import AdaptiveAttentionMoE, SparseAttentionExpert, topk_attention
 from oracle import (
     gather_attention,
@@ -97,6 +98,23 @@ def test_gradcheck_of_the_whole_layer(seeded):
     layer = AdaptiveAttentionMoE(6, 2, (2, 3, 9)).double()
     x = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, x)
+
+
+@pytest.mark.parametrize("max_scores", [1, 2 * 3 * 10, 4 * 2 * 3 * 10])
+@pytest.mark.parametrize("k_attend", [1, 4])
+def test_blocks_of_queries_change_nothing(seeded, monkeypatch, max_scores, k_attend):
+    """One query at a time, and four of ten: output and gradients of the undivided path."""
+    inputs = random_qkv(2, 3, 10, 6, requires_grad=True)
+    target = torch.randn(2, 3, 10, 6, dtype=torch.float64)
+    whole = topk_attention(*inputs, k_attend)
+    expected = torch.autograd.grad((whole * target).sum(), inputs)
+    monkeypatch.setattr(adaptive_attention_moe, "MAX_SCORES", max_scores)
+    blocked = topk_attention(*inputs, k_attend)
+    assert torch.allclose(blocked, whole, atol=1e-12)
+    for got, wanted in zip(
+        torch.autograd.grad((blocked * target).sum(), inputs), expected, strict=True
+    ):
+        assert torch.allclose(got, wanted, atol=1e-12)
 
 
 def test_permutation_equivariance(moe):

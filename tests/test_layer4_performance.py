@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import adaptive_attention_moe
 from adaptive_attention_moe import AdaptiveAttentionMoE
 from denoising_experiment_proper import NoisyImageDataset, SmallViT, evaluate
 from oracle import straightforward_moe
@@ -114,6 +115,18 @@ def test_selected_values_are_never_gathered(layer, tokens):
     assert largest <= max(batch * tokens * 3 * 3 * 128, batch * 4 * tokens * tokens)
     gathered = batch * 4 * tokens * 32 * 32  # [B, H, N, k, d_head] of the smallest budget
     assert record(lambda t: straightforward_moe(layer, t), x).largest >= gathered
+
+
+def test_memory_of_long_sequences_grows_linearly(monkeypatch):
+    """Blocks of queries: no [N, N] tensor, and nothing of its size is kept for backward."""
+    monkeypatch.setattr(adaptive_attention_moe, "MAX_SCORES", 2**16)
+    layer = AdaptiveAttentionMoE(d_model=32)
+    inputs = {n: torch.randn(1, n, 32) for n in (1024, 2048)}
+    kept = {n: saved_bytes(layer, x) for n, x in inputs.items()}
+    assert kept[2048] < 2.1 * kept[1024]
+    assert record(layer, inputs[2048]).largest <= 2048 * 3 * 3 * 32  # the projections
+    attention = 3 * 4 * 2048 * 2048
+    assert 4 * attention > 5 * kept[2048]  # which the undivided path would keep several times
 
 
 def test_largest_tensor_does_not_grow_with_k(seeded):
