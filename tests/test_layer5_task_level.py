@@ -1,6 +1,7 @@
 """Layer 5: the experiment as a user runs it, on real photographs, and what it refuses."""
 
 import csv
+import json
 import os
 import pickle
 import re
@@ -15,6 +16,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import benchmark
 import compare_baselines
 import debug_evaluation
 import debug_test_data
@@ -223,6 +225,31 @@ def test_baselines_table(folder, trained, call):
     assert len(scores) == 6
     assert scores["noisy input"] < scores["wavelet"] < 40
     assert scores["noisy input"] < scores["Gaussian blur"] < 40
+
+
+def test_benchmark_times_every_row_side_by_side(folder, call):
+    options = ("--dataset", folder, "--batch-size", 4, "--repeats", 1)
+    process = call(benchmark, *options)
+    assert process.returncode == 0, process.stderr
+    results = json.loads(Path("benchmark_results.json").read_text())
+    assert [row["row"] for row in results["rows"]] == list(benchmark.ROWS)
+    for row in results["rows"]:
+        assert row["seconds"].keys() == {"this", "straightforward", "dense"}
+        assert min(row["seconds"].values()) > 0
+    assert results["machine"]["batch_size"] == 4
+
+
+def test_benchmark_compares_the_same_function():
+    """The straightforward yardstick computes what the timed model computes."""
+    variants = benchmark.make_variants(torch.device("cpu"))
+    tokens = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for name in ("this", "straightforward"):
+        attention = variants[name].blocks[0].attention.double()
+        torch.nn.init.eye_(attention.merge.weight)
+        outputs.append(attention(tokens.double())[0])
+    assert torch.allclose(*outputs, atol=1e-10)
+    assert outputs[0].abs().max() > 0.01
 
 
 # Image sources -------------------------------------------------------------------------------
@@ -541,6 +568,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         "debug_evaluation",
         "debug_test_data",
         "compare_baselines",
+        "benchmark",
     ],
 )
 def test_help_explains_every_option(call, script):
