@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from command_line import (
     add_output,
@@ -116,13 +118,10 @@ def functions_of(row, variants, noisy, clean):
     return functions
 
 
-def count_flops(function):
-    """FLOPs of the matrix products in function(), by torch's counter."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
+def count_flops(function, *inputs):
+    """FLOPs of all matrix products and convolutions, two per multiply-add."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function()
+        function(*inputs)
     return counter.get_total_flops()
 
 

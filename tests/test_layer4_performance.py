@@ -4,21 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import adaptive_attention_moe
 from adaptive_attention_moe import AdaptiveAttentionMoE
+from benchmark import count_flops
 from denoising_experiment_proper import NoisyImageDataset, SmallViT, evaluate
 from oracle import straightforward_moe
-
-
-def count_flops(function, *inputs):
-    """FLOPs of all matrix products and convolutions, two per multiply-add."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function(*inputs)
-    return counter.get_total_flops()
 
 
 class Recorder(TorchDispatchMode):
