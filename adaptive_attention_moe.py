@@ -18,6 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 # Scores held at a time, 64 MiB in float32: longer sequences are processed in blocks of queries.
 MAX_SCORES = 2**24
+# Among such sequences, with this many times more keys than are kept, reading the kept ones alone
+# beats matrix products.
+SPARSE_RATIO = 16
+# Keys that the sparse path can keep beyond k_attend because they tie with the last one.
+TIES = 8
 
 
 def topk_attention(query, key, value, k_attend, dropout_p=0.0):
@@ -26,10 +31,17 @@ def topk_attention(query, key, value, k_attend, dropout_p=0.0):
     softmax over {j : s_ij among the k_attend largest of row i}, with s = query keyᵀ / √d_head
     ("Explicit Sparse Transformer", Zhao et al. 2019). The selection is exact.
     Keys that tie with the k-th largest score are all kept, so that the result never depends on
-    the order of the keys. The selected values are never gathered: scores below each row's k-th
-    largest are masked, and plain matrix products do the rest. Where all scores would be more than
-    MAX_SCORES, blocks of queries are processed one after another and recomputed in the backward
-    pass, so that memory grows linearly with the number of tokens.
+    the order of the keys. One result, computed in one of four ways:
+
+    - k_attend >= N_k is dense attention;
+    - scores below each row's k-th largest are masked, and plain matrix products do the rest: at
+      moderate lengths this is faster than gathering the selected values;
+    - where all scores would be more than MAX_SCORES, that is done in blocks of queries, which are
+      recomputed in the backward pass;
+    - and if, besides, k_attend <= N_k / SPARSE_RATIO, only the selected scores of each block are
+      kept, and all that follows, backward pass included, costs O(N_q · k_attend).
+
+    Memory grows linearly with the number of tokens.
 
     Args:
         query: [..., N_q, d_head].
@@ -48,24 +60,91 @@ def topk_attention(query, key, value, k_attend, dropout_p=0.0):
         raise ValueError(f"k_attend must be at least 1, got {k_attend}")
     if k_attend >= key.shape[-2]:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p)
-    scores_per_query = query.shape[:-2].numel() * key.shape[-2]
-    block = max(1, MAX_SCORES // max(1, scores_per_query))
-    if block >= query.shape[-2]:
-        return _attend_to_best(query, key, value, k_attend, dropout_p)
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    query = query * query.shape[-1] ** -0.5
+    block = max(1, MAX_SCORES // max(1, query.shape[:-2].numel() * num_keys))
+    if block >= num_queries:
+        return _attend_to_unmasked(query, key, value, k_attend, dropout_p)
+    if k_attend * SPARSE_RATIO <= num_keys and query.device.type in ("cpu", "cuda"):
+        attended = _attend_to_selected(query, key, value, k_attend, dropout_p, block)
+        if attended is not None:
+            return attended
     blocks = [
-        checkpoint(_attend_to_best, part, key, value, k_attend, dropout_p, use_reentrant=False)
+        checkpoint(_attend_to_unmasked, part, key, value, k_attend, dropout_p, use_reentrant=False)
         for part in query.split(block, dim=-2)
     ]
     return torch.cat(blocks, dim=-2)
 
 
-def _attend_to_best(query, key, value, k_attend, dropout_p):
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [..., N_q, N_k]
+def _attend_to_unmasked(query, key, value, k_attend, dropout_p):
+    scores = query @ key.transpose(-2, -1)  # [..., N_q, N_k]
     with torch.no_grad():  # the selection has no gradient of its own
         kept = scores.topk(k_attend, dim=-1, sorted=False).values
         dropped = scores < kept.amin(dim=-1, keepdim=True)
     weights = scores.masked_fill_(dropped, float("-inf")).softmax(dim=-1)
     return F.dropout(weights, dropout_p, training=dropout_p > 0) @ value
+
+
+def _attend_to_selected(query, key, value, k_attend, dropout_p, block):
+    """None where more than TIES keys tie with the k-th: there is no room for them."""
+    width = k_attend + TIES
+    groups = (t.reshape(-1, *t.shape[-2:]) for t in (query, key))
+    scores, indices = _BestScores.apply(*groups, width + 1, block)
+    last = scores[..., k_attend - 1 : k_attend].detach()
+    if (scores[..., width:] == last).any():
+        return None
+    weights = scores.masked_fill(scores < last, float("-inf")).softmax(dim=-1).to(value.dtype)
+    weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
+    attended = _weighted_rows(value.flatten(0, -2), indices, weights)
+    return attended.view(*query.shape[:-1], value.shape[-1])
+
+
+def _weighted_rows(table, indices, weights):
+    """Σ_j weights[..., j] · table[indices[..., j]], which materialises no selected row."""
+    width = indices.shape[-1]
+    weights = weights.reshape(-1, width)
+    return F.embedding_bag(
+        indices.reshape(-1, width), table, per_sample_weights=weights, mode="sum"
+    )
+
+
+class _BestScores(torch.autograd.Function):
+    """The largest scores of every query, and a backward pass that touches these alone.
+
+    query [G, N_q, d], already scaled, and key [G, N_k, d] -> scores [G, N_q, width] in descending
+    order and int64 indices [G, N_q, width] into the G · N_k keys.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, width, block):
+        groups, num_queries, _ = query.shape
+        num_keys = key.shape[1]
+        best = query.new_empty(groups, num_queries, width)
+        indices = torch.empty_like(best, dtype=torch.int64)
+        # One buffer for all blocks: new ones in each would fragment the heap.
+        buffer = query.new_empty(groups, min(block, num_queries), num_keys)
+        for start in range(0, num_queries, block):
+            rows = slice(start, start + block)
+            part = query[:, rows]
+            scores = torch.bmm(part, key.transpose(1, 2), out=buffer[:, : part.shape[1]])
+            best[:, rows], indices[:, rows] = scores.topk(width, dim=-1)
+        first = torch.arange(0, groups * num_keys, num_keys, device=key.device)
+        indices += first.view(-1, 1, 1)
+        ctx.save_for_backward(query, key, indices)
+        ctx.mark_non_differentiable(indices)
+        return best, indices
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        query, key, indices = ctx.saved_tensors
+        # Σ_j grad_ij key_j is the gradient of query i. As a function of the keys it is linear, and
+        # its transpose, applied to the queries, is Σ_i grad_ij query_i: the gradient of key j.
+        with torch.enable_grad():
+            key = key.detach().requires_grad_()
+            grad_query = _weighted_rows(key.flatten(0, 1), indices, grad)
+        (grad_key,) = torch.autograd.grad(grad_query, key, query.reshape(grad_query.shape))
+        return grad_query.detach().view_as(query), grad_key, None, None
 
 
 class SparseAttentionExpert(nn.Module):

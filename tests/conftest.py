@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_attention_moe import AdaptiveAttentionMoE
 from command_line import run_main
@@ -17,6 +19,24 @@ from denoising_experiment_proper import SmallViT
 from image_sources import load_images
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operator calls and remembers the largest tensor that one of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls[function.overloadpacket.__name__] += 1
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            # expanded views have no memory of their own
+            if isinstance(tensor, torch.Tensor) and 0 not in tensor.stride():
+                self.largest = max(self.largest, tensor.numel())
+        return result
 
 
 @pytest.fixture

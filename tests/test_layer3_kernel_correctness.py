@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 
 import adaptive_attention_moe
-from adaptive_attention_moe import AdaptiveAttentionMoE, SparseAttentionExpert, topk_attention
-from oracle import (
-    gather_attention,
-    loop_attention,
-    straightforward_expert,
-    straightforward_moe,
+from adaptive_attention_moe import (
+    TIES,
+    AdaptiveAttentionMoE,
+    SparseAttentionExpert,
+    topk_attention,
 )
+from conftest import Recorder
+from oracle import gather_attention, loop_attention, straightforward_expert, straightforward_moe
 
 
 def random_qkv(*shape, requires_grad=False):
@@ -115,6 +116,47 @@ def test_blocks_of_queries_change_nothing(seeded, monkeypatch, max_scores, k_att
         torch.autograd.grad((blocked * target).sum(), inputs), expected, strict=True
     ):
         assert torch.allclose(got, wanted, atol=1e-12)
+
+
+def with_ties(inputs, copies):
+    """Some of the keys several times over: every query has that many equal scores."""
+    query, key, value = (t.detach().clone() for t in inputs)
+    key[..., :copies, :] = 30 * query.mean(-2, keepdim=True)  # the best of many
+    return [t.requires_grad_() for t in (query, key, value)]
+
+
+@pytest.mark.parametrize("copies", [0, 2, TIES, 3 * TIES])
+@pytest.mark.parametrize("k_attend", [1, 4])
+def test_sparse_path_changes_nothing(seeded, monkeypatch, k_attend, copies):
+    """Few keys out of many: output and gradients of the masked path, also where keys tie."""
+    inputs = with_ties(random_qkv(2, 3, 64, 6), copies)
+    target = torch.randn(2, 3, 64, 6, dtype=torch.float64)
+    whole = topk_attention(*inputs, k_attend)
+    expected = torch.autograd.grad((whole * target).sum(), inputs)
+    monkeypatch.setattr(adaptive_attention_moe, "MAX_SCORES", 5 * 2 * 3 * 64)
+    with Recorder() as recorder:
+        attended = topk_attention(*inputs, k_attend)
+    assert (recorder.calls["masked_fill_"] > 0) == (copies > TIES)  # else the sparse path did it
+    assert torch.allclose(attended, whole, atol=1e-12)
+    gradients = torch.autograd.grad((attended * target).sum(), inputs)
+    for got, wanted in zip(gradients, expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-12)
+
+
+def test_sparse_path_leaves_too_many_ties_to_the_masked_one(seeded, monkeypatch):
+    monkeypatch.setattr(adaptive_attention_moe, "MAX_SCORES", 64)
+    query, key, value = random_qkv(64, 4)
+    with Recorder() as recorder:
+        uniform = topk_attention(query, torch.zeros_like(key), value, 2)
+    assert recorder.calls["masked_fill_"] == 64
+    assert torch.allclose(uniform, value.mean(0).expand_as(uniform))
+
+
+def test_gradcheck_of_the_sparse_path(seeded, monkeypatch):
+    monkeypatch.setattr(adaptive_attention_moe, "MAX_SCORES", 100)
+    query = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    key, value = random_qkv(2, 40, 4, requires_grad=True)[1:]
+    assert torch.autograd.gradcheck(lambda *qkv: topk_attention(*qkv, 2), (query, key, value))
 
 
 def test_permutation_equivariance(moe):

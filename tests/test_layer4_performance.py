@@ -1,34 +1,15 @@
 """Layer 4: counted FLOPs, bytes and calls, and how they grow with N and k; never a clock."""
 
-from collections import Counter
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import adaptive_attention_moe
-from adaptive_attention_moe import AdaptiveAttentionMoE
+from adaptive_attention_moe import AdaptiveAttentionMoE, topk_attention
 from benchmark import count_flops
+from conftest import Recorder
 from denoising_experiment_proper import NoisyImageDataset, SmallViT, evaluate
 from oracle import straightforward_moe
-
-
-class Recorder(TorchDispatchMode):
-    """Counts operator calls and remembers the largest tensor that one of them made."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-        self.largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls[function.overloadpacket.__name__] += 1
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            # expanded views have no memory of their own
-            if isinstance(tensor, torch.Tensor) and 0 not in tensor.stride():
-                self.largest = max(self.largest, tensor.numel())
-        return result
 
 
 def record(function, *inputs):
@@ -109,16 +90,32 @@ def test_selected_values_are_never_gathered(layer, tokens):
     assert record(lambda t: straightforward_moe(layer, t), x).largest >= gathered
 
 
-def test_memory_of_long_sequences_grows_linearly(monkeypatch):
+@pytest.mark.parametrize("ratio", [1, 10**9], ids=["sparse", "masked"])
+def test_memory_of_long_sequences_grows_linearly(monkeypatch, ratio):
     """Blocks of queries: no [N, N] tensor, and nothing of its size is kept for backward."""
     monkeypatch.setattr(adaptive_attention_moe, "MAX_SCORES", 2**16)
+    monkeypatch.setattr(adaptive_attention_moe, "SPARSE_RATIO", ratio)
     layer = AdaptiveAttentionMoE(d_model=32)
     inputs = {n: torch.randn(1, n, 32) for n in (1024, 2048)}
     kept = {n: saved_bytes(layer, x) for n, x in inputs.items()}
     assert kept[2048] < 2.1 * kept[1024]
-    assert record(layer, inputs[2048]).largest <= 2048 * 3 * 3 * 32  # the projections
     attention = 3 * 4 * 2048 * 2048
+    assert record(layer, inputs[2048]).largest < attention / 3 / 6
     assert 4 * attention > 5 * kept[2048]  # which the undivided path would keep several times
+
+
+def test_backward_of_the_sparse_path_makes_no_scores(monkeypatch):
+    """Beyond the selection the cost is that of the kept keys: no matrix product over all pairs."""
+    monkeypatch.setattr(adaptive_attention_moe, "MAX_SCORES", 2**16)
+    qkv = [torch.randn(4, 1024, 8, requires_grad=True) for _ in range(3)]
+    scores = 2 * 4 * 1024 * 1024 * 8
+    with FlopCounterMode(display=False) as counter:
+        attended = topk_attention(*qkv, 32)
+    assert counter.get_total_flops() == scores
+    with FlopCounterMode(display=False) as counter, Recorder() as recorder:
+        attended.sum().backward()
+    assert counter.get_total_flops() == 0
+    assert recorder.largest <= 4 * 1024 * (32 + adaptive_attention_moe.TIES + 1)
 
 
 def test_largest_tensor_does_not_grow_with_k(seeded):
