@@ -85,6 +85,16 @@ def make_parser(description, *options):
         "threads": dict(
             type=number(int, 1), default=None, help="CPU threads (default: as torch chooses)"
         ),
+        "dtype": dict(
+            default="float32",
+            choices=["float32", "bfloat16"],
+            help="of matrix products; bfloat16 runs them under autocast, weights stay float32",
+        ),
+        "compile": dict(
+            default=None,
+            action="store_true",
+            help="use torch.compile where it works, worth its minute on a GPU (default: no)",
+        ),
         "checkpoint": dict(default=CHECKPOINT, metavar="FILE", help="trained model to read"),
     }
     if "checkpoint" in options:  # a script that reads a model takes these from it

@@ -75,7 +75,7 @@ def main():
         "Compares a trained model with classical denoisers on the same noisy test images.",
         *("checkpoint", "dataset", "data-dir", "noise-level", "device", "threads"),
     )
-    _, model, source, noise_level, device = load_for_evaluation(parser.parse_args())
+    _, model, source, noise_level = load_for_evaluation(parser.parse_args())
     test_set = noisy_splits(source, noise_level)[2]
     methods = baselines(noise_level)
     print(f"\n{source.name}, {len(test_set):,} test images, σ = {noise_level:g}\n")
@@ -85,7 +85,7 @@ def main():
         strength, psnrs, ssims = best_of(denoise, strengths, test_set)
         tuned = f", strength {strength:g}" if len(strengths) > 1 else ""
         print_row(name + tuned, psnrs, ssims)
-    result = evaluate(model, test_set, device)
+    result = evaluate(model, test_set)
     print_row("**this model**", result.psnr, result.ssim)
     print(f"\n{result_line(result.psnr, result.ssim, source.name)}")
     return 0

@@ -12,6 +12,7 @@ from denoising_experiment_proper import (
     load_for_evaluation,
     noisy_splits,
     result_line,
+    validation_batches,
     validation_mse,
 )
 
@@ -47,7 +48,7 @@ def main():
     )
     args = parser.parse_args()
     args.noise_level = None  # the one of the training: other figures are not stored
-    checkpoint, model, source, noise_level, device = load_for_evaluation(args, same_images=True)
+    checkpoint, model, source, noise_level = load_for_evaluation(args, same_images=True)
     recipe = checkpoint["recipe"]
     if "test" not in checkpoint:
         raise UserError(
@@ -55,12 +56,13 @@ def main():
             "finish it with denoising_experiment_proper.py --resume"
         )
     _, val_set, test_set = noisy_splits(source, noise_level, recipe["lossless_share"])
-    result = evaluate(model, test_set, device)
+    result = evaluate(model, test_set)
     rows = [
         ("val images", recipe["val_images"], len(val_set), recipe["val_images"] == len(val_set))
     ]
     stored = {"val_mse": checkpoint["val_mse"], **checkpoint["test"]}
-    measured = {"val_mse": validation_mse(model, val_set, device), **result.summary()}
+    validation = validation_batches(val_set, next(model.parameters()).device)
+    measured = {"val_mse": validation_mse(model, validation), **result.summary()}
     rows += compare(stored, measured)
     print(f"\n{'figure':<18}{'stored':>12}{'measured':>12}")
     for name, before, now, agrees in rows:

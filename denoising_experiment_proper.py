@@ -40,14 +40,24 @@ from command_line import (
     select_device,
     share,
 )
-from image_sources import load_images
+from data_parallel import (
+    any_process,
+    first_process_first,
+    joined,
+    my_share,
+    parallel,
+    rank,
+    sum_over_processes,
+    world_size,
+)
+from image_sources import Split, load_images
 
 matplotlib.use("Agg")  # figures go to files, also where there is no display
 
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss, per block
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 1.0
-EVAL_BATCH = 64  # fixed, so that a figure never depends on how a script batches
+CPU_STEPS_PER_READ, GPU_STEPS_PER_READ = 1, 50  # reading a loss makes the CPU wait for the GPU
 
 # ---------------------------------------------------------------------------------------------
 # Data
@@ -57,21 +67,22 @@ EVAL_BATCH = 64  # fixed, so that a figure never depends on how a script batches
 class NoisyImageDataset(torch.utils.data.Dataset):
     """Clean images and their noisy versions: noisy = clamp(clean + σ·N(0, 1), 0, 1).
 
-    The images stay one uint8 tensor. There are two kinds of noise, both reproducible:
-    `dataset[i]` and `batches()` give image i the same noise whatever the batch size, the order,
-    the device or the run (validation and test); `shuffled_batches(epoch)` draws fresh noise in
-    every epoch (training).
+    The images stay one uint8 tensor on `device`, where training draws its noise, too. There are two
+    kinds of noise, both reproducible: `dataset[i]` and `batches()` give image i the same noise
+    whatever the batch size, the order, the device or the run (validation and test);
+    `shuffled_batches(epoch)` draws fresh noise in every epoch (training).
 
     Args:
         split: image_sources.Split.
         noise_level: σ, at least 0, for pixel values in [0, 1].
         stream: a number that keeps the noise of one split apart from that of another.
+        device: torch.device of the images and of all that the data set yields.
 
     Raises:
         ValueError: noise_level is negative or the images are not uint8 [n, 3, h, w].
     """
 
-    def __init__(self, split, noise_level=0.2, stream=0):
+    def __init__(self, split, noise_level=0.2, stream=0, device="cpu"):
         if not noise_level >= 0:
             raise ValueError(f"noise_level must be at least 0, got {noise_level}")
         if split.images.dtype != torch.uint8 or split.images.ndim != 4:
@@ -79,9 +90,14 @@ class NoisyImageDataset(torch.utils.data.Dataset):
                 "expected uint8 images of shape [n, 3, h, w], got "
                 f"{split.images.dtype} {list(split.images.shape)}"
             )
-        self.split = split
+        self.split = Split(split.images.to(device), split.labels.to(device), split.lossless)
         self.noise_level = noise_level
         self.stream = stream
+        self.device = torch.device(device)
+
+    def to(self, device):
+        """The same data set on another device."""
+        return NoisyImageDataset(self.split, self.noise_level, self.stream, device)
 
     def __len__(self):
         return len(self.split)
@@ -91,7 +107,7 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         index = range(len(self))[index]
         return tuple(t[0] for t in self._batch_with_own_noise(range(index, index + 1)))
 
-    def batches(self, batch_size=EVAL_BATCH):
+    def batches(self, batch_size=64):
         """All images in order, each with its own noise: (noisy, clean, labels) batches."""
         for start in range(0, len(self), batch_size):
             yield self._batch_with_own_noise(range(start, min(start + batch_size, len(self))))
@@ -100,7 +116,8 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         """One epoch of training: (noisy, clean, labels) batches, shuffled, with fresh noise.
 
         Order and noise depend on (seed, epoch, step) alone, so that a run can stop after any step
-        and go on from there as if it had never stopped.
+        and go on from there as if it had never stopped. The order is the same on every device, the
+        noise on every device of one kind.
 
         Args:
             batch_size: images per batch; the last batch may be smaller.
@@ -110,12 +127,13 @@ class NoisyImageDataset(torch.utils.data.Dataset):
                 None takes every image once.
             start: batches to skip.
         """
-        order = self._order(_generator(seed, epoch), lossless_share)
+        order = self._order(_generator(seed, epoch), lossless_share).to(self.device)
         for step, indices in enumerate(order.split(batch_size)):
             if step >= start:
                 noise = torch.randn(
                     (len(indices), *self.split.images.shape[1:]),
-                    generator=_generator(seed, epoch, step),
+                    generator=_generator(seed, epoch, step, device=self.device),
+                    device=self.device,
                 )
                 yield self._add(noise, indices)
 
@@ -138,7 +156,8 @@ class NoisyImageDataset(torch.utils.data.Dataset):
             np.random.default_rng((self.stream, index)).standard_normal(shape, dtype=np.float32)
             for index in indices
         ]
-        return self._add(torch.from_numpy(np.stack(noise)), torch.tensor(indices))
+        noise = torch.from_numpy(np.stack(noise)).to(self.device)
+        return self._add(noise, torch.tensor(indices, device=self.device))
 
     def _add(self, noise, indices):
         clean = self.split.images[indices].float() / 255
@@ -146,9 +165,10 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         return noisy, clean, self.split.labels[indices]
 
 
-def _generator(*key):
+def _generator(*key, device="cpu"):
     """A torch generator seeded by several numbers, mixed by numpy's SeedSequence."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(seed)
 
 
 def noisy_splits(source, noise_level, lossless_share=None):
@@ -343,42 +363,69 @@ def ssim(restored, clean):
     return structural_similarity(clean, restored, data_range=1.0, channel_axis=0)
 
 
-def denoise_batches(model, dataset, device):
+def eval_batches(dataset, device):
+    """Batches of an evaluation on a device, of a size that fits a CPU's cache or fills a GPU.
+
+    It depends on the kind of device alone, so that a figure never depends on how a script batches.
+    """
+    return dataset.batches(64 if device.type == "cpu" else 1000)
+
+
+def denoise_batches(model, dataset):
     """Yields (noisy, restored, clean, routings) of every batch, in evaluation mode.
 
     The images come back on the CPU: float32 [B, 3, h, w] in [0, 1]. routings is the list of each
-    block's routing probabilities [B, N, E], on `device`.
+    block's routing probabilities [B, N, E], on the device of the model.
     """
+    device = next(model.parameters()).device
     model.eval()
-    for noisy, clean, _ in dataset.batches():
+    for noisy, clean, _ in eval_batches(dataset, device):
         with torch.inference_mode():
             restored, routings = model(noisy.to(device), return_routing=True)
         yield noisy, restored.cpu(), clean, routings
 
 
-def validation_mse(model, dataset, device):
-    """Mean squared error over all pixels of the dataset."""
-    total = sum(
-        F.mse_loss(restored, clean).item() * len(clean)
-        for _, restored, clean, _ in denoise_batches(model, dataset, device)
-    )
-    return total / len(dataset)
+def validation_batches(dataset, device):
+    """All of a data set as a list of (noisy, clean) batches that stay on a device.
+
+    The noise is the same after every epoch; drawing it anew would take longer than a GPU validates.
+    """
+    batches = eval_batches(dataset, device)
+    return [(noisy.to(device), clean.to(device)) for noisy, clean, _ in batches]
 
 
-def evaluate(model, dataset, device):
+def validation_mse(model, batches):
+    """Mean squared error over all pixels.
+
+    Args:
+        model: SmallViT; it is left in evaluation mode.
+        batches: of `validation_batches`, on the device of the model. Under torchrun, each process
+            takes its share of them.
+    """
+    model.eval()
+    with torch.inference_mode():
+        errors = torch.zeros(len(batches), device=batches[0][0].device)
+        for index in my_share(range(len(batches))):
+            noisy, clean = batches[index]
+            errors[index] = F.mse_loss(model(noisy), clean)
+        errors = sum_over_processes(errors).tolist()
+    images = [len(clean) for _, clean in batches]
+    return sum(e * n for e, n in zip(errors, images, strict=True)) / sum(images)
+
+
+def evaluate(model, dataset):
     """Denoises a whole dataset and measures every image.
 
     Args:
-        model: SmallViT on `device`; it is left in evaluation mode.
+        model: SmallViT; it is left in evaluation mode.
         dataset: NoisyImageDataset.
-        device: torch.device.
 
     Returns:
         Evaluation.
     """
     squared_error, scores, load = 0.0, [], 0.0
     with tqdm(total=len(dataset), desc="testing", unit="img", leave=False, disable=None) as bar:
-        for noisy, restored, clean, routings in denoise_batches(model, dataset, device):
+        for noisy, restored, clean, routings in denoise_batches(model, dataset):
             squared_error += F.mse_loss(restored, clean).item() * len(clean)
             for x, y, target in zip(noisy.numpy(), restored.numpy(), clean.numpy(), strict=True):
                 scores.append((psnr(x, target), psnr(y, target), ssim(y, target)))
@@ -482,7 +529,7 @@ def load_for_evaluation(args, same_images=False):
         same_images: refuse a data set other than the one of the training.
 
     Returns:
-        (checkpoint dict, SmallViT on the device, ImageSource, σ, device).
+        (checkpoint dict, SmallViT on the device, ImageSource, σ).
 
     Raises:
         UserError: one of them cannot be had.
@@ -506,7 +553,7 @@ def load_for_evaluation(args, same_images=False):
         f"{args.checkpoint}: {count_parameters(model):,} parameters, epoch {checkpoint['epoch']} "
         f"of {recipe['epochs']}, trained on {recipe['dataset']} with σ = {recipe['noise_level']:g}"
     )
-    return checkpoint, model, source, noise_level, device
+    return checkpoint, model, source, noise_level
 
 
 # ---------------------------------------------------------------------------------------------
@@ -595,40 +642,75 @@ class StopRequest:
 
 
 def make_optimizer(model, lr):
-    """AdamW of the published recipe."""
+    """AdamW of the published recipe, all parameters in one fused step."""
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY, fused=True)
 
 
-def training_step(model, optimizer, noisy, clean):
-    """One step on a batch.
+def compiled(model, noisy, dtype):
+    """The model as torch.compile makes it, or itself where that does not work, which it says.
 
     Args:
         model: SmallViT in training mode.
-        optimizer: of its parameters.
+        noisy: [B, 3, h, w], an example of the batches to come.
+        dtype: of its autocast.
+    """
+    try:
+        # On a GPU this replays CUDA graphs: launching kernels one by one takes longer than they do.
+        mode = "reduce-overhead" if noisy.device.type == "cuda" else "default"
+        fast = torch.compile(model, mode=mode)
+        training_step(fast, None, noisy, noisy, dtype=dtype)  # the first call is what compiles
+    except Exception as error:  # every layer below has its own exceptions
+        print(f"torch.compile does not work here ({type(error).__name__}); going on without it")
+        return model
+    finally:
+        model.zero_grad()
+    return fast
+
+
+def training_step(model, optimizer, noisy, clean, batch_size=None, dtype=torch.float32):
+    """One step on a batch, or on this process's share of it.
+
+    Args:
+        model: SmallViT in training mode, or what `compiled` or `parallel` made of it.
+        optimizer: of its parameters; None leaves it at the gradients.
         noisy, clean: [B, 3, h, w] on the model's device.
+        batch_size: images of all processes together; default B.
+        dtype: bfloat16 runs matrix products under autocast; weights, residual stream and losses
+            stay in float32.
 
     Returns:
-        (mean squared error, sum of the blocks' load-balancing losses), floats.
+        float32 [2] on the model's device: mean squared error and the sum of the blocks'
+        load-balancing losses, both of the whole batch.
     """
-    restored, routings = model(noisy, return_routing=True)
-    mse = F.mse_loss(restored, clean)
-    balance = sum(load_balancing_loss(routing) for routing in routings)
-    optimizer.zero_grad()
-    (mse + BALANCE_WEIGHT * balance).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-    optimizer.step()
-    return mse.item(), balance.item()
+    batch_size = batch_size or len(noisy)
+    with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
+        restored, routings = model(noisy, return_routing=True)
+    # Sums, not means: shares of a batch may differ in size, and one may be empty.
+    squared_error = F.mse_loss(restored.float(), clean, reduction="sum") / clean.shape[1:].numel()
+    loads = torch.stack([routing.float().sum((0, 1)) / routing.shape[1] for routing in routings])
+    sums = torch.cat([squared_error.view(1), loads.flatten()]) / batch_size
+    mse, *loads = sum_over_processes(sums).split([1] + [loads.shape[1]] * len(loads))
+    balance = sum(load_balancing_loss(load.unsqueeze(0)) for load in loads)
+    loss = mse.squeeze() + BALANCE_WEIGHT * balance
+    if optimizer is None:
+        loss.backward()
+    else:
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+    return torch.stack([mse.squeeze(), balance]).detach()
 
 
-def train(model, train_set, val_set, args, files, device, recipe, describe):
+def train(model, train_set, val_set, args, files, recipe, describe):
     """Trains until args.epochs are done, keeping the best checkpoint by validation loss.
 
     Args:
-        model: SmallViT on `device`.
-        train_set, val_set: NoisyImageDataset.
-        args: epochs, batch_size, lr, seed, lossless_share and resume of the command line.
+        model: SmallViT.
+        train_set, val_set: NoisyImageDataset; the first one on the model's device.
+        args: epochs, batch_size, lr, seed, lossless_share, dtype, compile and resume of the
+            command line.
         files: RunFiles.
-        device: torch.device.
         recipe: dict of all that decides the result; a run resumes only under the same recipe.
         describe: function(model state_dict, epoch, val_mse) -> checkpoint dict.
 
@@ -644,11 +726,17 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
     progress = {"epoch": 1, "step": 0, "loss_sums": [0.0, 0.0], "seconds": 0.0, "history": []}
     if args.resume:
         progress = _resume(files, recipe, model, optimizer, scheduler)
-    else:
+    elif rank() == 0:
         files.keep_existing()
+    device, dtype = train_set.device, getattr(torch, args.dtype)
+    validation = validation_batches(val_set, device)
+    fast = parallel(model)
+    if args.compile:
+        example = next(train_set.shuffled_batches(args.batch_size, args.seed, epoch=1))[0]
+        fast = compiled(fast.train(), my_share(example), dtype)
 
     def save_progress():
-        save_atomically(
+        save(
             {
                 "recipe": recipe,
                 "progress": progress,
@@ -659,11 +747,15 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
             files.resume,
         )
 
-    def check_finite(loss):
+    def save(state, path):
+        if rank() == 0:
+            save_atomically(state, path)
+
+    def check_finite(loss, step):
         if not math.isfinite(loss):
             kept = f"{files.checkpoint} keeps the best model so far" if history else ""
             raise UserError(
-                f"the loss became {loss} in epoch {progress['epoch']}, step {progress['step']}; "
+                f"the loss became {loss} in epoch {progress['epoch']}, step {step}; "
                 f"{kept or 'no epoch was complete'}; try a smaller --lr than {args.lr:g}"
             )
 
@@ -671,9 +763,31 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
     steps = math.ceil(len(train_set) / args.batch_size)
     done = (progress["epoch"] - 1) * steps + progress["step"]
     bar = tqdm(
-        total=args.epochs * steps, initial=done, unit="step", disable=None, dynamic_ncols=True
+        total=args.epochs * steps,
+        initial=done,
+        unit="step",
+        disable=True if rank() else None,
+        dynamic_ncols=True,
     )
     recent = deque(maxlen=50)
+    unread = []  # (images, losses) of the last steps
+    steps_per_read = CPU_STEPS_PER_READ if device.type == "cpu" else GPU_STEPS_PER_READ
+
+    def read_losses():
+        losses = torch.stack([losses for _, losses in unread]).tolist()
+        first = progress["step"] - len(unread) + 1
+        for step, ((images, _), (mse, balance)) in enumerate(
+            zip(unread, losses, strict=True), first
+        ):
+            check_finite(mse + BALANCE_WEIGHT * balance, step)
+            progress["loss_sums"][0] += mse * images
+            progress["loss_sums"][1] += balance * images
+            recent.append(mse)
+        mean = sum(recent) / len(recent)
+        bar.set_postfix_str(f"mse {mean:.4f}, {-10 * math.log10(mean):.2f} dB", False)
+        bar.update(len(unread))
+        unread.clear()
+
     with StopRequest() as stop, bar:
         while progress["epoch"] <= args.epochs:
             epoch, started = progress["epoch"], time.perf_counter()
@@ -682,28 +796,25 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
             for noisy, clean, _ in train_set.shuffled_batches(
                 args.batch_size, args.seed, epoch, args.lossless_share, progress["step"]
             ):
-                noisy, clean = noisy.to(device), clean.to(device)
-                mse, balance = training_step(model, optimizer, noisy, clean)
+                images, noisy, clean = len(clean), my_share(noisy), my_share(clean)
+                losses = training_step(fast, optimizer, noisy, clean, images, dtype)
+                unread.append((images, losses))
                 progress["step"] += 1
-                check_finite(mse + BALANCE_WEIGHT * balance)
-                progress["loss_sums"][0] += mse * len(clean)
-                progress["loss_sums"][1] += balance * len(clean)
-                recent.append(mse)
-                mean = sum(recent) / len(recent)
-                bar.set_postfix_str(f"mse {mean:.4f}, {-10 * math.log10(mean):.2f} dB", False)
-                bar.update()
-                if stop.asked:
-                    break
+                if len(unread) == steps_per_read or progress["step"] == steps:
+                    read_losses()
+                    stopping = any_process(stop.asked, device)
+                    if stopping:
+                        break
             progress["seconds"] += time.perf_counter() - started
-            if stop.asked and progress["step"] < steps:
+            if stopping and progress["step"] < steps:
                 save_progress()
                 if not history:  # the first epoch was cut short: its model is the best there is
-                    val_mse = validation_mse(model, val_set, device)
-                    save_atomically(describe(model.state_dict(), epoch, val_mse), files.checkpoint)
+                    val_mse = validation_mse(model, validation)
+                    save(describe(model.state_dict(), epoch, val_mse), files.checkpoint)
                 break
 
-            val_mse = validation_mse(model, val_set, device)
-            check_finite(val_mse)
+            val_mse = validation_mse(model, validation)
+            check_finite(val_mse, progress["step"])
             history.append(
                 {
                     "epoch": epoch,
@@ -722,12 +833,13 @@ def train(model, train_set, val_set, args, files, device, recipe, describe):
             )
             sys.stdout.flush()
             if val_mse == min(row["val_mse"] for row in history):
-                save_atomically(describe(model.state_dict(), epoch, val_mse), files.checkpoint)
+                save(describe(model.state_dict(), epoch, val_mse), files.checkpoint)
             scheduler.step()
             progress |= {"epoch": epoch + 1, "step": 0, "loss_sums": [0.0, 0.0]}
             save_progress()
-            write_history(history, files)
-            if stop.asked:
+            if rank() == 0:
+                write_history(history, files)
+            if stopping:
                 break
     return history, progress["seconds"]
 
@@ -767,7 +879,7 @@ def parse_args():
         "and tests it. Writes FILE, and beside it FILE's name with _history.csv, _curve.png and, "
         "until the run is complete, _resume.pt.",
         *("dataset", "data-dir", "epochs", "batch-size", "lr", "noise-level", "seed", "device"),
-        "threads",
+        *("threads", "dtype", "compile"),
     )
     add_output(parser, CHECKPOINT, "checkpoint to write")
     parser.add_argument(
@@ -786,10 +898,16 @@ def parse_args():
 
 def main():
     args = parse_args()
-    device = select_device(args.device, args.threads)
+    with joined(select_device(args.device, args.threads)) as device:
+        return run(args, device)
+
+
+def run(args, device):
+    """Trains and tests as the command line asks; returns the exit code."""
     files = RunFiles(Path(args.output))
     files.check()
-    source = load_images(args.dataset, args.data_dir, args.seed)
+    with first_process_first():
+        source = load_images(args.dataset, args.data_dir, args.seed)
     train_set, val_set, test_set = noisy_splits(source, args.noise_level, args.lossless_share)
 
     torch.manual_seed(args.seed)
@@ -804,10 +922,12 @@ def main():
         "noise_level": args.noise_level,
         "lossless_share": args.lossless_share,
         "seed": args.seed,
+        "dtype": args.dtype,
     }
     print(
         f"{source.name}: {len(train_set):,} training, {len(val_set):,} validation, "
         f"{len(test_set):,} test images; {count_parameters(model):,} parameters on {device}"
+        + (f", {world_size()} processes" if world_size() > 1 else "")
     )
 
     def describe(state_dict, epoch, val_mse):
@@ -820,7 +940,7 @@ def main():
             "torch_version": str(torch.__version__),
         }
 
-    history, seconds = train(model, train_set, val_set, args, files, device, recipe, describe)
+    history, seconds = train(model, train_set.to(device), val_set, args, files, recipe, describe)
     if len(history) < args.epochs:
         print(
             f"stopped; the run's state is in {files.resume}, the best model so far in "
@@ -828,8 +948,10 @@ def main():
         )
         return 130
 
+    if rank():
+        return 0  # the first process tests
     checkpoint = load_checkpoint(files.checkpoint)
-    result = evaluate(model_of(checkpoint, files.checkpoint).to(device), test_set, device)
+    result = evaluate(model_of(checkpoint, files.checkpoint).to(device), test_set)
     checkpoint |= {"test": result.summary(), "train_seconds": seconds}
     save_atomically(checkpoint, files.checkpoint)
     files.resume.unlink(missing_ok=True)

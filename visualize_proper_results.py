@@ -126,9 +126,9 @@ def main():
     table = output.with_name(f"{output.stem}_images.csv")
     check_picture(output)
     check_writable(table)
-    _, model, source, noise_level, device = load_for_evaluation(args)
+    _, model, source, noise_level = load_for_evaluation(args)
     test_set = noisy_splits(source, noise_level)[2]
-    result = evaluate(model, test_set, device)
+    result = evaluate(model, test_set)
 
     with replace_when_complete(table) as path, open(path, "w", newline="") as file:
         writer = csv.writer(file)

@@ -127,7 +127,7 @@ def test_a_total_collapse_has_a_finite_loss():
 
 def test_utilisation_is_the_mean_over_all_tokens(vit, photos):
     dataset = NoisyImageDataset(photos.test[:70])  # more than one batch, the last one short
-    result = evaluate(vit, dataset, torch.device("cpu"))
+    result = evaluate(vit, dataset)
     noisy = torch.stack([dataset[i][0] for i in range(70)])
     with torch.inference_mode():
         _, routings = vit(noisy, return_routing=True)

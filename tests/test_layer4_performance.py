@@ -174,7 +174,7 @@ def test_evaluation_runs_the_model_once_per_batch_without_a_graph(vit, photos, m
 
     original = SmallViT.forward
     monkeypatch.setattr(SmallViT, "forward", forward)
-    evaluate(vit, NoisyImageDataset(photos.test[:130]), torch.device("cpu"))
+    evaluate(vit, NoisyImageDataset(photos.test[:130]))
     assert batches == [(64, True), (64, True), (2, True)]
 
 

@@ -94,7 +94,7 @@ def test_checkpoint_says_where_it_comes_from(trained):
 def test_load_model_gives_the_model_that_was_tested(trained, photos):
     model = load_model(trained.path / "model.pt")
     assert not model.training
-    result = experiment.evaluate(model, noisy_splits(photos, 0.2)[2], torch.device("cpu"))
+    result = experiment.evaluate(model, noisy_splits(photos, 0.2)[2])
     assert result.psnr.mean() == pytest.approx(trained.checkpoint["test"]["psnr_mean"], abs=1e-3)
 
 
@@ -504,9 +504,9 @@ def test_a_late_loss_that_is_not_finite_keeps_the_last_good_model(call, folder, 
     original = experiment.F.mse_loss
     steps = []
 
-    def poisoned(restored, clean):
+    def poisoned(restored, clean, **options):
         steps.append(restored.requires_grad)
-        return original(restored, clean) * (float("nan") if sum(steps) > 6 else 1)
+        return original(restored, clean, **options) * (float("nan") if sum(steps) > 6 else 1)
 
     monkeypatch.setattr(experiment.F, "mse_loss", poisoned)
     options = ("--dataset", folder, "--batch-size", 4, "--epochs", 3)  # 4 steps an epoch

@@ -1,14 +1,19 @@
 """Layer 6: ablations differ as they must, seeds repeat, extremes stay finite, no collapse."""
 
+import csv
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import data_parallel
 import denoising_experiment_proper as experiment
 from adaptive_attention_moe import AdaptiveAttentionMoE, load_balancing_loss
+from conftest import ROOT
 from denoising_experiment_proper import NoisyImageDataset, SmallViT, noisy_splits
 
 # Ablations -----------------------------------------------------------------------------------
@@ -231,6 +236,132 @@ def test_resume_refuses_another_recipe(call, folder, monkeypatch):
     process = train_on(call, folder, "m.pt", "--resume", "--lr", 0.5)
     assert process.returncode == 2
     assert "the interrupted run had lr 0.001, this one has 0.5" in process.stderr
+
+
+# Faster ways to the same result --------------------------------------------------------------
+
+
+def read_history(name):
+    with open(f"{name}_history.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def test_two_processes_train_as_one_does(call, folder):
+    """One log, one checkpoint, the curve of one process; the last batch has a single image."""
+    options = ("--dataset", folder, "--batch-size", 5, "--epochs", 3, "--seed", 3)
+    assert call(experiment, *options, "--output", "one.pt").returncode == 0
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    process = subprocess.run(
+        [*torchrun, ROOT / "denoising_experiment_proper.py", *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("epoch   2") == process.stdout.count("FINAL RESULTS") == 1
+    assert "2 processes" in process.stdout
+    assert sorted(p.name for p in Path().glob("*.pt")) == [experiment.CHECKPOINT, "one.pt"]
+    one, two = read_history("one"), read_history(experiment.CHECKPOINT.removesuffix(".pt"))
+    assert len(one) == len(two) == 3
+    for expected, row in zip(one, two, strict=True):
+        for name in ("train_mse", "val_mse", "balance_loss"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-3)
+
+
+def test_processes_share_the_gradient_of_the_whole_batch(tmp_path):
+    """Both losses are those of the global batch, also where the shares differ in size."""
+    script = tmp_path / "step.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import denoising_experiment_proper as experiment
+from data_parallel import joined, my_share, parallel
+
+experiment.BALANCE_WEIGHT = 10.0  # so that neither loss hides the other
+torch.manual_seed(0)
+model = experiment.SmallViT()
+for block in model.blocks:
+    torch.nn.init.normal_(block.attention.merge.weight, std=0.1)
+    torch.nn.init.normal_(block.attention.router.mlp[-1].bias)
+noisy, clean = torch.rand(2, 5, 3, 32, 32)
+expected = experiment.training_step(model, None, noisy, clean)
+gradients = [p.grad.clone() for p in model.parameters()]
+model.zero_grad()
+with joined(torch.device("cpu")):
+    share = my_share(noisy), my_share(clean)
+    assert len(share[0]) in (2, 3)
+    losses = experiment.training_step(parallel(model), None, *share, batch_size=5)
+torch.testing.assert_close(losses, expected)
+for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+    torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+""")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    process = subprocess.run([*torchrun, script], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+
+
+def test_processes_share_every_batch_without_overlap(monkeypatch):
+    batch, shares = list(range(10)), []
+    monkeypatch.setattr(data_parallel, "world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(data_parallel, "rank", lambda rank=rank: rank)
+        shares += data_parallel.my_share(batch)
+    assert sorted(shares) == batch
+
+
+def test_training_goes_on_where_torch_compile_fails(call, folder, monkeypatch):
+    def broken(model, mode):
+        raise RuntimeError("no compiler")
+
+    assert train_on(call, folder, "plain.pt").returncode == 0
+    monkeypatch.setattr(torch, "compile", broken)
+    process = train_on(call, folder, "m.pt", "--compile")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("torch.compile does not work here (RuntimeError)") == 1
+    assert same_weights(weights("m.pt"), weights("plain.pt"))
+
+
+def test_training_runs_what_torch_compile_made(call, folder, monkeypatch):
+    calls = []
+
+    def compile(model, mode):
+        def fast(noisy, return_routing):
+            calls.append(len(noisy))
+            return model(noisy, return_routing)
+
+        fast.parameters, fast.zero_grad = model.parameters, model.zero_grad
+        return fast
+
+    assert train_on(call, folder, "plain.pt").returncode == 0
+    monkeypatch.setattr(torch, "compile", compile)
+    assert train_on(call, folder, "m.pt", "--compile").returncode == 0
+    assert calls == [4] * (1 + 3 * 4)  # the example, then every step
+    assert same_weights(weights("m.pt"), weights("plain.pt"))
+
+
+def test_bfloat16_stays_close_to_float32_and_keeps_float32_weights(call, folder):
+    for output, options in (("a.pt", ()), ("b.pt", ("--dtype", "bfloat16"))):
+        assert train_on(call, folder, output, *options).returncode == 0
+    one, other = read_history("a")[-1], read_history("b")[-1]
+    assert other["train_mse"] == pytest.approx(one["train_mse"], rel=0.02)
+    assert other["train_mse"] != one["train_mse"]
+    assert all(t.dtype == torch.float32 for t in weights("b.pt").values())
+    assert torch.load("b.pt", weights_only=True)["recipe"]["dtype"] == "bfloat16"
+
+
+def test_losses_read_seldom_are_those_read_in_every_step(call, folder, monkeypatch):
+    """As on a GPU, where reading a loss waits for it."""
+    assert train_on(call, folder, "a.pt").returncode == 0
+    monkeypatch.setattr(experiment, "CPU_STEPS_PER_READ", 3)
+    assert train_on(call, folder, "b.pt").returncode == 0
+    assert same_weights(weights("a.pt"), weights("b.pt"))
+    assert [row["train_mse"] for row in read_history("a")] == [
+        row["train_mse"] for row in read_history("b")
+    ]
+
+
+# Noise ---------------------------------------------------------------------------------------
 
 
 def test_evaluation_noise_is_the_same_for_any_batch_size(photos):
