@@ -291,17 +291,21 @@ class SmallViT(nn.Module):
                 f"height and width have to be multiples of the patch size {patch}, "
                 f"got {list(noisy.shape)}"
             )
-        x = self.patch_embed(noisy)  # [B, D, h / patch, w / patch]
-        grid = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2) + self._position_for(grid)  # [B, N, D]
+        x = self.embed(noisy)
         routings = []
         for block in self.blocks:
             x, routing = block(x)
             routings.append(routing)
+        grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
         image = self.patch_unembed(x.transpose(1, 2).unflatten(2, grid))
         if not self.training:
             image = image.clamp(0, 1)
         return (image, routings) if return_routing else image
+
+    def embed(self, noisy):
+        """[B, 3, h, w] -> tokens [B, N, D]: patch embedding plus position embedding."""
+        x = self.patch_embed(noisy)  # [B, D, h / patch, w / patch]
+        return x.flatten(2).transpose(1, 2) + self._position_for(x.shape[2:])
 
     def _position_for(self, grid):
         if tuple(grid) == (self.grid, self.grid):

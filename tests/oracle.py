@@ -23,20 +23,20 @@ def gather_attention(query, key, value, k_attend):
     return (top.softmax(-1).unsqueeze(-1) * values.gather(-2, index)).sum(-2)
 
 
-def straightforward_expert(expert, x):
+def straightforward_expert(expert, x, attention=gather_attention):
     """SparseAttentionExpert as the equations say, projection by projection."""
 
     def heads(linear):
         return linear(x).unflatten(-1, (expert.num_heads, -1)).transpose(1, 2)
 
     query, key, value = heads(expert.query), heads(expert.key), heads(expert.value)
-    attended = gather_attention(query, key, value, expert.k_attend)
+    attended = attention(query, key, value, expert.k_attend)
     return expert.out_proj(attended.transpose(1, 2).flatten(2))
 
 
-def straightforward_moe(moe, x):
+def straightforward_moe(moe, x, run_expert=straightforward_expert):
     """AdaptiveAttentionMoE as the equations say, expert by expert."""
     routing = moe.router(x)
-    experts = [straightforward_expert(expert, x) for expert in moe.experts]
+    experts = [run_expert(expert, x) for expert in moe.experts]
     mixed = sum(p.unsqueeze(-1) * y for p, y in zip(routing.unbind(-1), experts, strict=True))
     return moe.merge(mixed), routing

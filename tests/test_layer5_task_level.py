@@ -227,29 +227,52 @@ def test_baselines_table(folder, trained, call):
     assert scores["noisy input"] < scores["Gaussian blur"] < 40
 
 
-def test_benchmark_times_every_row_side_by_side(folder, call):
-    options = ("--dataset", folder, "--batch-size", 4, "--repeats", 1)
-    process = call(benchmark, *options)
+def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch):
+    small = benchmark.Effort(1, 0, epoch_images=8, evaluation_images=8, tokens=(64, 256))
+    monkeypatch.setattr(benchmark, "QUICK", small)
+    process = call(benchmark, "--dataset", folder, "--batch-size", 4, "--quick")
     assert process.returncode == 0, process.stderr
     results = json.loads(Path("benchmark_results.json").read_text())
-    assert [row["row"] for row in results["rows"]] == list(benchmark.ROWS)
-    for row in results["rows"]:
-        assert row["seconds"].keys() == {"this", "straightforward", "dense"}
+    assert [row["row"] for row in results["rows"]] == list(benchmark.ROWS[:6])
+    assert [row["images"] for row in results["rows"]] == [4, 4, 4, 4, 8, 8]
+    assert [row["tokens"] for row in results["tokens"]] == [64, 256]
+    for row in results["rows"] + results["tokens"]:
         assert min(row["seconds"].values()) > 0
+        if row.get("row") != "evaluation":
+            assert row["seconds"].keys() == {"this", "straightforward", "dense"}
+    assert results["tokens"][1]["extra_bytes"]["straightforward"] > 0
     assert results["machine"]["batch_size"] == 4
 
 
+def test_benchmark_in_bfloat16_and_selected_rows(folder, call):
+    options = ("--rows", "layer forward", "stages", "--quick", "--dtype", "bfloat16")
+    process = call(benchmark, "--dataset", folder, "--batch-size", 4, *options)
+    assert process.returncode == 0, process.stderr
+    results = json.loads(Path("benchmark_results.json").read_text())
+    assert results["machine"]["dtype"] == "bfloat16"
+    assert len(results["rows"]) == 1 and not results["tokens"]
+    assert [row["stage"] for row in results["stages"]] == list(benchmark.STAGES)
+
+
+def test_benchmark_lengthens_sequences_with_real_patches(vit):
+    images = torch.rand(5, 3, 32, 32)
+    whole = benchmark.mosaic(images, 1024)
+    assert whole.shape == (1, 3, 128, 128)
+    assert torch.equal(whole[0, :, 32:64, 64:96], images[6 % 5])
+    assert benchmark.tokens_of(vit, whole).shape == (1, 1024, 128)
+
+
 def test_benchmark_compares_the_same_function():
-    """The straightforward yardstick computes what the timed model computes."""
-    variants = benchmark.make_variants(torch.device("cpu"))
-    tokens = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
-    outputs = []
-    for name in ("this", "straightforward"):
-        attention = variants[name].blocks[0].attention.double()
-        torch.nn.init.eye_(attention.merge.weight)
-        outputs.append(attention(tokens.double())[0])
-    assert torch.allclose(*outputs, atol=1e-10)
-    assert outputs[0].abs().max() > 0.01
+    """The yardstick and every stage of the layer compute what the timed model computes."""
+    attention = benchmark.make_variants(torch.device("cpu"))["this"].blocks[0].attention.double()
+    torch.nn.init.eye_(attention.merge.weight)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 64, 128, generator=generator, dtype=torch.float64)
+    expected = attention(tokens)[0]
+    assert expected.abs().max() > 0.01
+    for stage in benchmark.STAGES.values():
+        if stage:
+            assert torch.allclose(stage(attention, tokens)[0], expected, atol=1e-10)
 
 
 # Image sources -------------------------------------------------------------------------------
