@@ -280,6 +280,7 @@ class AdaptiveAttentionMoE(nn.Module):
         batch, tokens, _ = x.shape
         routing = self.router(x)
 
+        shares = routing.unbind(-1)
         groups = {}  # experts that keep the same number of keys attend together
         for index, expert in enumerate(self.experts):
             groups.setdefault(min(expert.k_attend, tokens), []).append(index)
@@ -289,7 +290,8 @@ class AdaptiveAttentionMoE(nn.Module):
         for indices in groups.values():
             experts = [self.experts[i] for i in indices]
             attended = attend_as_one(experts, x).view(batch, tokens, len(experts), d_model)
-            weighed = attended * routing[..., indices].unsqueeze(-1)  # [B, N, G, D]
+            weights = torch.stack([shares[i] for i in indices], dim=-1)  # no index tensor to copy
+            weighed = attended * weights.unsqueeze(-1)  # [B, N, G, D]
             out_weight = torch.cat([expert.out_proj.weight for expert in experts], dim=1)
             output = output + F.linear(weighed.flatten(2), self.merge.weight @ out_weight)
         return output, routing

@@ -29,6 +29,7 @@ from torchvision.utils import make_grid
 
 from adaptive_attention_moe import attend_as_one, topk_attention
 from command_line import (
+    UserError,
     add_output,
     check_writable,
     make_parser,
@@ -130,7 +131,7 @@ def alternate(functions, effort, device):
 def tokens_of(model, images):
     """What the first layer of a model sees of images: [B, N, D]."""
     with torch.no_grad():
-        return model.blocks[0].norm1(model.embed(images))
+        return model.blocks[0].norm1(model.embed(images)[0])
 
 
 def both_passes(layer, tokens, autocast):
@@ -159,8 +160,10 @@ def functions_of(row, variants, train_set, eval_set, args):
             make_optimizer(model, 1e-4),
         )
         fast = model.train()
-        if args.compile and name == "this" and row in ("training step", "epoch"):
+        if args.compile and name != "straightforward" and row in ("training step", "epoch"):
             fast = compiled(model, noisy, dtype)
+            if fast is model:
+                raise UserError("--compile: there is nothing compiled to time; drop the option")
 
         def forward(layer=layer, tokens=tokens):
             with torch.inference_mode(), autocast():
@@ -405,9 +408,10 @@ def measure(row, variants, train_set, eval_set, effort, args):
     functions, images = functions_of(row, variants, train_set, eval_set, args)
     # The machine's own matrix product takes turns with the variants: its rate drifts as well.
     dtype = getattr(torch, args.dtype)
-    a, b = torch.randn(2, 1024, 1024, device=train_set.device, dtype=dtype)
+    side = 8192 if train_set.device.type == "cuda" else 1024  # small ones time the launch alone
+    a, b = torch.randn(2, side, side, device=train_set.device, dtype=dtype)
     seconds = alternate({**functions, "matmul": lambda: a @ b}, effort, train_set.device)
-    result = {"row": row, "images": images, "matmul_gflops": 2e-9 * 1024**3 / seconds["matmul"]}
+    result = {"row": row, "images": images, "matmul_gflops": 2e-9 * side**3 / seconds["matmul"]}
     del seconds["matmul"]
     result |= {"seconds": seconds, "images_per_second": images / seconds["this"]}
     if "straightforward" in seconds:

@@ -95,6 +95,19 @@ def make_parser(description, *options):
             action="store_true",
             help="use torch.compile where it works, worth its minute on a GPU (default: no)",
         ),
+        "flip": dict(
+            default=None,
+            action="store_true",
+            help="mirror each training image left to right with probability 1/2 (default: no)",
+        ),
+        "lossless-share": dict(
+            type=share,
+            default=None,
+            metavar="SHARE",
+            help="for a folder that mixes lossless and lossy (JPEG, WebP) files: part of the "
+            "training samples to draw from the lossless ones, which alone then serve for "
+            "validation (default: all files alike)",
+        ),
         "checkpoint": dict(default=CHECKPOINT, metavar="FILE", help="trained model to read"),
     }
     if "checkpoint" in options:  # a script that reads a model takes these from it
@@ -125,6 +138,7 @@ def select_device(name, threads=None):
     """
     if threads:
         torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 convolutions mean float32
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

@@ -8,10 +8,13 @@ process, and every function here does nothing.
 
 import contextlib
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+from command_line import UserError
 
 
 def rank():
@@ -30,21 +33,32 @@ def joined(device):
 
     All but the first are silent on stdout, so that there is one log.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
+    if not started_by_torchrun():
         yield device
         return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device.type == "mps":
+        raise UserError("torchrun cannot use this machine's GPU; add --device cpu")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started more than one process for each of {torch.cuda.device_count()} "
+                "GPUs; set --nproc-per-node to their number"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        with contextlib.ExitStack() as stack:
-            if rank():
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-            yield device
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(hours=1),  # others wait while the first process downloads
+        device_id=device if device.type == "cuda" else None,
+    )
+    with contextlib.ExitStack() as stack:
+        if rank():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield device
+    # Not after an error: others may wait for this process, and torchrun has to see it end.
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -79,6 +93,16 @@ def sum_over_processes(tensor):
     dist.all_reduce(total)
     mine = world_size() * tensor
     return mine + (total - mine).detach()
+
+
+def started_by_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def wait_for_all():
+    """Returns when every process has come here: torchrun ends all when one of them leaves early."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def any_process(flag, device):

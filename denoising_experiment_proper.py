@@ -35,10 +35,10 @@ from command_line import (
     add_output,
     check_writable,
     make_parser,
+    number,
     replace_when_complete,
     run_main,
     select_device,
-    share,
 )
 from data_parallel import (
     any_process,
@@ -47,7 +47,9 @@ from data_parallel import (
     my_share,
     parallel,
     rank,
+    started_by_torchrun,
     sum_over_processes,
+    wait_for_all,
     world_size,
 )
 from image_sources import Split, load_images
@@ -74,17 +76,19 @@ class NoisyImageDataset(torch.utils.data.Dataset):
 
     Args:
         split: image_sources.Split.
-        noise_level: σ, at least 0, for pixel values in [0, 1].
+        noise_level: σ, at least 0, for pixel values in [0, 1]; or a pair (low, high), from which
+            every image draws a σ of its own, uniformly.
         stream: a number that keeps the noise of one split apart from that of another.
         device: torch.device of the images and of all that the data set yields.
 
     Raises:
-        ValueError: noise_level is negative or the images are not uint8 [n, 3, h, w].
+        ValueError: noise_level is negative or no range, or the images are not uint8 [n, 3, h, w].
     """
 
     def __init__(self, split, noise_level=0.2, stream=0, device="cpu"):
-        if not noise_level >= 0:
-            raise ValueError(f"noise_level must be at least 0, got {noise_level}")
+        low, high = noise_range(noise_level)
+        if not 0 <= low <= high:
+            raise ValueError(f"noise_level must be at least 0 and ascend, got {noise_level}")
         if split.images.dtype != torch.uint8 or split.images.ndim != 4:
             raise ValueError(
                 "expected uint8 images of shape [n, 3, h, w], got "
@@ -112,12 +116,12 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         for start in range(0, len(self), batch_size):
             yield self._batch_with_own_noise(range(start, min(start + batch_size, len(self))))
 
-    def shuffled_batches(self, batch_size, seed, epoch, lossless_share=None, start=0):
+    def shuffled_batches(self, batch_size, seed, epoch, lossless_share=None, start=0, flip=False):
         """One epoch of training: (noisy, clean, labels) batches, shuffled, with fresh noise.
 
         Order and noise depend on (seed, epoch, step) alone, so that a run can stop after any step
         and go on from there as if it had never stopped. The order is the same on every device, the
-        noise on every device of one kind.
+        noise on every device of one model.
 
         Args:
             batch_size: images per batch; the last batch may be smaller.
@@ -126,16 +130,18 @@ class NoisyImageDataset(torch.utils.data.Dataset):
             lossless_share: part of the epoch's samples to draw from losslessly stored images;
                 None takes every image once.
             start: batches to skip.
+            flip: mirror each image left to right with probability 1/2.
         """
+        low, high = noise_range(self.noise_level)
         order = self._order(_generator(seed, epoch), lossless_share).to(self.device)
         for step, indices in enumerate(order.split(batch_size)):
             if step >= start:
-                noise = torch.randn(
-                    (len(indices), *self.split.images.shape[1:]),
-                    generator=_generator(seed, epoch, step, device=self.device),
-                    device=self.device,
-                )
-                yield self._add(noise, indices)
+                generator = _generator(seed, epoch, step, device=self.device)
+                draw = {"generator": generator, "device": self.device}
+                noise = torch.randn((len(indices), *self.split.images.shape[1:]), **draw)
+                sigma = low + (high - low) * torch.rand(len(indices), **draw)
+                mirrored = torch.rand(len(indices), **draw) < 0.5 if flip else None
+                yield self._add(noise, sigma, indices, mirrored)
 
     def _order(self, generator, lossless_share):
         if lossless_share is None:
@@ -151,18 +157,33 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         return drawn[torch.randperm(len(drawn), generator=generator)]
 
     def _batch_with_own_noise(self, indices):
-        shape = self.split.images.shape[1:]
-        noise = [
-            np.random.default_rng((self.stream, index)).standard_normal(shape, dtype=np.float32)
-            for index in indices
-        ]
+        noise, sigma = [], []
+        for index in indices:
+            generator = np.random.default_rng((self.stream, index))
+            shape = self.split.images.shape[1:]
+            noise.append(generator.standard_normal(shape, dtype=np.float32))
+            sigma.append(generator.uniform(*noise_range(self.noise_level)))
         noise = torch.from_numpy(np.stack(noise)).to(self.device)
-        return self._add(noise, torch.tensor(indices, device=self.device))
+        sigma = torch.tensor(sigma, dtype=torch.float32, device=self.device)
+        return self._add(noise, sigma, torch.tensor(indices, device=self.device))
 
-    def _add(self, noise, indices):
+    def _add(self, noise, sigma, indices, mirrored=None):
         clean = self.split.images[indices].float() / 255
-        noisy = noise.mul_(self.noise_level).add_(clean).clamp_(0, 1)
+        if mirrored is not None:
+            clean = torch.where(mirrored.view(-1, 1, 1, 1), clean.flip(3), clean)
+        noisy = noise.mul_(sigma.view(-1, 1, 1, 1)).add_(clean).clamp_(0, 1)
         return noisy, clean, self.split.labels[indices]
+
+
+def noise_range(noise_level):
+    """(low, high) of a σ or of a pair."""
+    return tuple(noise_level) if isinstance(noise_level, tuple | list) else (noise_level,) * 2
+
+
+def noise_text(noise_level):
+    """A σ, or a range of it, in words: "σ = 0.2", "σ = 0.05 to 0.35"."""
+    low, high = noise_range(noise_level)
+    return f"σ = {low:g}" + (f" to {high:g}" if high > low else "")
 
 
 def _generator(*key, device="cpu"):
@@ -214,6 +235,67 @@ class TransformerBlock(nn.Module):
         return x + self.ffn(self.norm2(x)), routing
 
 
+class ResidualConv(nn.Module):
+    """x + conv(GELU(conv(x))), 3×3; starts as the identity.  [B, C, h, w] -> [B, C, h, w]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = zeroed(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.conv2(F.gelu(self.conv1(x)))
+
+
+class ConvEncoder(nn.Module):
+    """Image to tokens in steps of 2, with a look at the neighbours at every resolution.
+
+    [B, in_channels, h, w] -> [B, D, h / 2^L, w / 2^L] and the L feature maps on the way,
+    [B, channels[l], h / 2^l, w / 2^l], from fine to coarse.
+    """
+
+    def __init__(self, in_channels, channels, d_model):
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.stages = nn.ModuleList(ResidualConv(c) for c in channels)
+        self.downs = nn.ModuleList(
+            nn.Conv2d(c, coarser, 2, stride=2)
+            for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
+        )
+
+    def forward(self, image):
+        x, features = self.stem(image), []
+        for stage, down in zip(self.stages, self.downs, strict=True):
+            features.append(stage(x))
+            x = down(features[-1])
+        return x, features
+
+
+class ConvDecoder(nn.Module):
+    """Tokens to image, the mirror of ConvEncoder: its feature maps are added on the way."""
+
+    def __init__(self, out_channels, channels, d_model):
+        super().__init__()
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose2d(coarser, c, 2, stride=2)
+            for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
+        )
+        self.stages = nn.ModuleList(ResidualConv(c) for c in channels)
+        self.head = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+
+    def forward(self, x, features):
+        for level in reversed(range(len(features))):
+            x = self.stages[level](self.ups[level](x) + features[level])
+        return self.head(x)
+
+
+def zeroed(layer):
+    """The layer with weight and bias zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class SmallViT(nn.Module):
     """Vision transformer that maps a noisy image to a clean one; 599,689 parameters by default.
 
@@ -228,6 +310,10 @@ class SmallViT(nn.Module):
         d_ff: hidden channels of the feed-forward network.
         k_attend: budget of each expert; their number is the number of experts.
         dropout: of the attention weights while training.
+        channels: feature channels of a convolutional encoder and decoder, from full resolution
+            down, in place of the linear patch embedding and un-embedding; patch_size has to be
+            2 to the power of their number. Empty: no convolutions.
+        residual: the model predicts the difference to the noisy image.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -244,6 +330,8 @@ class SmallViT(nn.Module):
         d_ff=256,
         k_attend=(32, 64, 128),
         dropout=0.0,
+        channels=(),
+        residual=False,
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -252,19 +340,31 @@ class SmallViT(nn.Module):
                 "patch_size must divide image_size, got "
                 f"image_size={image_size}, patch_size={patch_size}"
             )
+        if channels and patch_size != 2 ** len(channels):
+            raise ValueError(
+                f"{len(channels)} channels make patches of {2 ** len(channels)}, "
+                f"got patch_size={patch_size}"
+            )
         self.grid = image_size // patch_size
-        self.patch_embed = nn.Conv2d(in_channels, d_model, patch_size, stride=patch_size)
+        if channels:
+            self.encoder = ConvEncoder(in_channels, channels, d_model)
+        else:
+            self.patch_embed = nn.Conv2d(in_channels, d_model, patch_size, stride=patch_size)
         self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
         self.blocks = nn.ModuleList(
             TransformerBlock(d_model, num_heads, d_ff, k_attend, dropout) for _ in range(num_layers)
         )
-        self.patch_unembed = nn.ConvTranspose2d(d_model, in_channels, patch_size, patch_size)
+        if channels:
+            self.decoder = ConvDecoder(in_channels, channels, d_model)
+        else:
+            self.patch_unembed = nn.ConvTranspose2d(d_model, in_channels, patch_size, patch_size)
         # Every block starts as the identity. Otherwise near-uniform attention adds the mean of all
         # tokens to each, and training sits for hundreds of steps where patches are denoised alone.
         for block in self.blocks:
-            for last in (block.attention.merge, block.ffn[-1]):
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
+            zeroed(block.attention.merge)
+            zeroed(block.ffn[-1])
+        if residual:
+            zeroed(self.decoder.head if channels else self.patch_unembed)
 
     def forward(self, noisy, return_routing=False):
         """Denoises images.
@@ -291,27 +391,40 @@ class SmallViT(nn.Module):
                 f"height and width have to be multiples of the patch size {patch}, "
                 f"got {list(noisy.shape)}"
             )
-        x = self.embed(noisy)
+        x, features = self.embed(noisy)
         routings = []
         for block in self.blocks:
             x, routing = block(x)
             routings.append(routing)
         grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
-        image = self.patch_unembed(x.transpose(1, 2).unflatten(2, grid))
+        x = x.transpose(1, 2).unflatten(2, grid)
+        image = self.decoder(x, features) if features else self.patch_unembed(x)
+        if self.config["residual"]:
+            image = noisy + image
         if not self.training:
             image = image.clamp(0, 1)
         return (image, routings) if return_routing else image
 
     def embed(self, noisy):
-        """[B, 3, h, w] -> tokens [B, N, D]: patch embedding plus position embedding."""
-        x = self.patch_embed(noisy)  # [B, D, h / patch, w / patch]
-        return x.flatten(2).transpose(1, 2) + self._position_for(x.shape[2:])
+        """[B, 3, h, w] -> tokens with their position [B, N, D], and the encoder's feature maps."""
+        if self.config["channels"]:
+            x, features = self.encoder(noisy)
+        else:
+            x, features = self.patch_embed(noisy), []  # [B, D, h / patch, w / patch]
+        return x.flatten(2).transpose(1, 2) + self._position_for(x.shape[2:]), features
 
     def _position_for(self, grid):
         if tuple(grid) == (self.grid, self.grid):
             return self.position
         learned = self.position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return F.interpolate(learned, grid, mode="bicubic").flatten(2).transpose(1, 2)
+
+
+# `--model`: arguments of SmallViT.
+MODELS = {
+    "published": {},
+    "refined": {"d_model": 112, "d_ff": 224, "channels": (16, 48), "residual": True},
+}
 
 
 def count_parameters(model):
@@ -530,7 +643,8 @@ def load_for_evaluation(args, same_images=False):
     Args:
         args: checkpoint, dataset, data_dir, noise_level (None: the model's), device and threads of
             the command line.
-        same_images: refuse a data set other than the one of the training.
+        same_images: refuse a data set other than the one of the training, and keep a range of σ;
+            otherwise its middle is taken.
 
     Returns:
         (checkpoint dict, SmallViT on the device, ImageSource, σ).
@@ -553,9 +667,12 @@ def load_for_evaluation(args, same_images=False):
     if same_images and source.name != recipe["dataset"]:
         raise refusal
     noise_level = recipe["noise_level"] if args.noise_level is None else args.noise_level
+    if not same_images:
+        noise_level = sum(noise_range(noise_level)) / 2
     print(
         f"{args.checkpoint}: {count_parameters(model):,} parameters, epoch {checkpoint['epoch']} "
-        f"of {recipe['epochs']}, trained on {recipe['dataset']} with σ = {recipe['noise_level']:g}"
+        f"of {recipe['epochs']}, trained on {recipe['dataset']} with "
+        f"{noise_text(recipe['noise_level'])}"
     )
     return checkpoint, model, source, noise_level
 
@@ -638,11 +755,12 @@ class StopRequest:
 
     def _ask(self, number, frame):
         self.asked = True
-        signal.signal(number, self.previous[number])  # asked twice, it stops at once
+        if not started_by_torchrun():  # which passes on what its processes have already got
+            signal.signal(number, self.previous[number])  # asked twice, it stops at once
 
     def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for name, handler in self.previous.items():
+            signal.signal(name, handler)
 
 
 def make_optimizer(model, lr):
@@ -655,23 +773,39 @@ def compiled(model, noisy, dtype):
 
     Args:
         model: SmallViT in training mode.
-        noisy: [B, 3, h, w], an example of the batches to come.
+        noisy: [B, 3, h, w], an example of the batches to come; batches of another size are left to
+            the model itself.
         dtype: of its autocast.
     """
+    failure = None
     try:
         # On a GPU this replays CUDA graphs: launching kernels one by one takes longer than they do.
         mode = "reduce-overhead" if noisy.device.type == "cuda" else "default"
-        fast = torch.compile(model, mode=mode)
-        training_step(fast, None, noisy, noisy, dtype=dtype)  # the first call is what compiles
+        fast = torch.compile(model, mode=mode, dynamic=False)
+        for _ in range(3):  # compiles; records CUDA graphs; replays them
+            model.zero_grad()
+            with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
+                restored, routings = fast(noisy, return_routing=True)
+            sum(output.float().sum() for output in (restored, *routings)).backward()
     except Exception as error:  # every layer below has its own exceptions
-        print(f"torch.compile does not work here ({type(error).__name__}); going on without it")
+        failure = error
+    model.zero_grad()
+    if any_process(failure is not None, noisy.device):
+        why = type(failure).__name__ if failure else "in another process"
+        print(f"torch.compile does not work here ({why}); going on without it")
         return model
-    finally:
-        model.zero_grad()
     return fast
 
 
-def training_step(model, optimizer, noisy, clean, batch_size=None, dtype=torch.float32):
+def training_step(
+    model,
+    optimizer,
+    noisy,
+    clean,
+    batch_size=None,
+    dtype=torch.float32,
+    balance_weight=BALANCE_WEIGHT,
+):
     """One step on a batch, or on this process's share of it.
 
     Args:
@@ -681,21 +815,25 @@ def training_step(model, optimizer, noisy, clean, batch_size=None, dtype=torch.f
         batch_size: images of all processes together; default B.
         dtype: bfloat16 runs matrix products under autocast; weights, residual stream and losses
             stay in float32.
+        balance_weight: of the load-balancing loss of each block.
 
     Returns:
         float32 [2] on the model's device: mean squared error and the sum of the blocks'
         load-balancing losses, both of the whole batch.
     """
-    batch_size = batch_size or len(noisy)
+    share = len(noisy)
+    batch_size = batch_size or share
+    if share == 0:  # kernels want an image; its weight is zero
+        noisy = clean = noisy.new_zeros(1, *noisy.shape[1:])
     with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
         restored, routings = model(noisy, return_routing=True)
-    # Sums, not means: shares of a batch may differ in size, and one may be empty.
+    # Sums, not means: shares of a batch may differ in size.
     squared_error = F.mse_loss(restored.float(), clean, reduction="sum") / clean.shape[1:].numel()
     loads = torch.stack([routing.float().sum((0, 1)) / routing.shape[1] for routing in routings])
-    sums = torch.cat([squared_error.view(1), loads.flatten()]) / batch_size
+    sums = torch.cat([squared_error.view(1), loads.flatten()]) * min(share, 1) / batch_size
     mse, *loads = sum_over_processes(sums).split([1] + [loads.shape[1]] * len(loads))
     balance = sum(load_balancing_loss(load.unsqueeze(0)) for load in loads)
-    loss = mse.squeeze() + BALANCE_WEIGHT * balance
+    loss = mse.squeeze() + balance_weight * balance
     if optimizer is None:
         loss.backward()
     else:
@@ -712,7 +850,7 @@ def train(model, train_set, val_set, args, files, recipe, describe):
     Args:
         model: SmallViT.
         train_set, val_set: NoisyImageDataset; the first one on the model's device.
-        args: epochs, batch_size, lr, seed, lossless_share, dtype, compile and resume of the
+        args: epochs, batch_size, lr, seed, lossless_share, flip, dtype, compile and resume of the
             command line.
         files: RunFiles.
         recipe: dict of all that decides the result; a run resumes only under the same recipe.
@@ -734,10 +872,11 @@ def train(model, train_set, val_set, args, files, recipe, describe):
         files.keep_existing()
     device, dtype = train_set.device, getattr(torch, args.dtype)
     validation = validation_batches(val_set, device)
-    fast = parallel(model)
+    fast = model.train()
     if args.compile:
         example = next(train_set.shuffled_batches(args.batch_size, args.seed, epoch=1))[0]
-        fast = compiled(fast.train(), my_share(example), dtype)
+        fast = compiled(fast, my_share(example), dtype)
+    fast = parallel(fast)
 
     def save_progress():
         save(
@@ -798,10 +937,17 @@ def train(model, train_set, val_set, args, files, recipe, describe):
             bar.set_description(f"epoch {epoch}/{args.epochs}")
             model.train()
             for noisy, clean, _ in train_set.shuffled_batches(
-                args.batch_size, args.seed, epoch, args.lossless_share, progress["step"]
+                args.batch_size,
+                args.seed,
+                epoch,
+                args.lossless_share,
+                start=progress["step"],
+                flip=args.flip,
             ):
                 images, noisy, clean = len(clean), my_share(noisy), my_share(clean)
-                losses = training_step(fast, optimizer, noisy, clean, images, dtype)
+                whole = images == min(args.batch_size, len(train_set))
+                with torch.compiler.set_stance("default" if whole else "force_eager"):
+                    losses = training_step(fast, optimizer, noisy, clean, images, dtype)
                 unread.append((images, losses))
                 progress["step"] += 1
                 if len(unread) == steps_per_read or progress["step"] == steps:
@@ -845,6 +991,7 @@ def train(model, train_set, val_set, args, files, recipe, describe):
                 write_history(history, files)
             if stopping:
                 break
+    wait_for_all()
     return history, progress["seconds"]
 
 
@@ -882,22 +1029,35 @@ def parse_args():
         "Trains SmallViT to remove Gaussian noise, keeps the best checkpoint by validation loss "
         "and tests it. Writes FILE, and beside it FILE's name with _history.csv, _curve.png and, "
         "until the run is complete, _resume.pt.",
-        *("dataset", "data-dir", "epochs", "batch-size", "lr", "noise-level", "seed", "device"),
-        *("threads", "dtype", "compile"),
+        *("dataset", "data-dir", "epochs", "batch-size", "lr", "seed", "device", "threads"),
+        *("dtype", "compile", "flip", "lossless-share"),
+    )
+    parser.add_argument(
+        "--noise-level",
+        type=number(float, 0),
+        nargs="+",
+        default=[0.2],
+        metavar="SIGMA",
+        help="standard deviation σ of the Gaussian noise, for pixel values in [0, 1]; two values "
+        "are a range, from which every image draws its own (default: 0.2)",
     )
     add_output(parser, CHECKPOINT, "checkpoint to write")
     parser.add_argument(
-        "--lossless-share",
-        type=share,
-        metavar="SHARE",
-        help="for a folder that mixes lossless and lossy (JPEG, WebP) files: part of the training "
-        "samples to draw from the lossless ones, which alone then serve for validation "
-        "(default: all files alike)",
+        "--model",
+        choices=MODELS,
+        default="published",
+        help="published: the architecture of the original; refined: the same blocks between a "
+        "convolutional encoder and decoder, predicting the noise (default: %(default)s)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with the interrupted run of the same --output"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    low, *high = args.noise_level
+    if len(high) > 1 or (high and high[0] < low):
+        parser.error("argument --noise-level: must be one σ, or two in ascending order")
+    args.noise_level = [low, *high] if high else low
+    return args
 
 
 def main():
@@ -915,7 +1075,7 @@ def run(args, device):
     train_set, val_set, test_set = noisy_splits(source, args.noise_level, args.lossless_share)
 
     torch.manual_seed(args.seed)
-    model = SmallViT().to(device)
+    model = SmallViT(**MODELS[args.model]).to(device)
     recipe = {
         "dataset": source.name,
         "train_images": len(train_set),
@@ -927,6 +1087,8 @@ def run(args, device):
         "lossless_share": args.lossless_share,
         "seed": args.seed,
         "dtype": args.dtype,
+        "model": args.model,
+        "flip": bool(args.flip),
     }
     print(
         f"{source.name}: {len(train_set):,} training, {len(val_set):,} validation, "
@@ -964,7 +1126,7 @@ def run(args, device):
             [
                 (
                     "data set",
-                    f"{source.name}, {len(test_set):,} test images, σ = {args.noise_level:g}",
+                    f"{source.name}, {len(test_set):,} test images, {noise_text(args.noise_level)}",
                 ),
                 ("parameters", f"{count_parameters(model):,}"),
                 ("training", f"{args.epochs} epochs in {seconds / 60:.1f} min on {device}"),

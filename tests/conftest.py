@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_attention_moe import AdaptiveAttentionMoE
 from command_line import run_main
-from denoising_experiment_proper import SmallViT
+from denoising_experiment_proper import MODELS, SmallViT
 from image_sources import load_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +59,17 @@ def vit(seeded):
         for block in model.blocks:
             block.attention.merge.weight.normal_(std=0.1)
             block.ffn[-1].weight.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def refined(seeded):
+    """The refined model with its zero-initialised layers filled in."""
+    model = SmallViT(**MODELS["refined"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
     return model
 
 

@@ -10,7 +10,7 @@ from adaptive_attention_moe import (
     load_balancing_loss,
     topk_attention,
 )
-from denoising_experiment_proper import SmallViT, count_parameters
+from denoising_experiment_proper import MODELS, SmallViT, count_parameters
 
 
 @pytest.mark.parametrize("k_attend", [1, 5, 7, 100])
@@ -111,6 +111,37 @@ def test_gradients_reach_every_parameter(vit):
         assert parameter.grad.abs().max() > 1e-9, name
 
 
+def test_refined_model_keeps_the_budget_and_starts_as_the_identity(refined):
+    assert count_parameters(SmallViT(**MODELS["refined"])) == 593_817 < 599_689
+    noisy = torch.rand(2, 3, 32, 32)
+    fresh = SmallViT(**MODELS["refined"]).eval()
+    assert torch.equal(fresh(noisy), noisy)
+    image, routings = refined.eval()(noisy, return_routing=True)
+    assert image.shape == (2, 3, 32, 32) and not torch.equal(image, noisy)
+    assert [r.shape for r in routings] == [(2, 64, 3)] * 2
+    assert refined(torch.rand(1, 3, 48, 20)).shape == (1, 3, 48, 20)
+
+
+def test_gradients_reach_every_parameter_of_the_refined_model(refined):
+    image, routings = refined(torch.rand(2, 3, 32, 32), return_routing=True)
+    (image.square().mean() + sum(map(load_balancing_loss, routings))).backward()
+    for name, parameter in refined.named_parameters():
+        if not name.endswith("key.bias"):
+            assert parameter.grad.abs().max() > 1e-9, name
+
+
+def test_decoder_sees_every_resolution_of_the_encoder(refined):
+    """The skips: what a stage of the encoder makes reaches the output past the tokens."""
+    noisy = torch.rand(1, 3, 32, 32)
+    _, features = refined.embed(noisy)
+    assert [f.shape[1:] for f in features] == [(16, 32, 32), (48, 16, 16)]
+    x = torch.zeros(1, 112, 8, 8)
+    plain = refined.decoder(x, features)
+    for level in range(2):
+        changed = [f + (i == level) for i, f in enumerate(features)]
+        assert not torch.allclose(refined.decoder(x, changed), plain)
+
+
 def test_gradients_reach_the_input(moe):
     x = torch.randn(2, 16, 24, dtype=torch.float64, requires_grad=True)
     moe(x)[0].square().sum().backward()
@@ -168,6 +199,7 @@ def test_clamped_in_evaluation_only(vit):
         (lambda: AdaptiveAttentionMoE(8, 2, (4,))(torch.zeros(5, 8)), r"\[5, 8\]"),
         (lambda: topk_attention(*[torch.zeros(1, 4, 2)] * 3, 0), "got 0"),
         (lambda: SmallViT(image_size=30), "image_size=30, patch_size=4"),
+        (lambda: SmallViT(channels=(8, 8, 8)), "make patches of 8, got patch_size=4"),
         (lambda: SmallViT()(torch.zeros(1, 3, 32, 31)), r"\[1, 3, 32, 31\]"),
         (lambda: SmallViT()(torch.zeros(3, 32, 32)), r"\[3, 32, 32\]"),
         (lambda: SmallViT()(torch.zeros(1, 1, 32, 32)), r"\[1, 1, 32, 32\]"),

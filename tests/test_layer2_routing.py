@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ablation_study import VARIANTS, RandomRouter, UniformRouter, first_choice
 from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter, load_balancing_loss
 from denoising_experiment_proper import NoisyImageDataset, SmallViT, evaluate
 from oracle import straightforward_expert
@@ -145,3 +146,31 @@ def test_each_block_has_a_router_of_its_own():
 def test_experts_start_different():
     moe = AdaptiveAttentionMoE()
     assert not torch.equal(moe.experts[0].query.weight, moe.experts[1].query.weight)
+
+
+# Routers of the ablation study ---------------------------------------------------------------
+
+
+def test_first_choice_gives_all_weight_to_the_best_expert(vit):
+    noisy = torch.rand(2, 3, 32, 32)
+    vit.eval()
+    with torch.no_grad():
+        image, before = vit(noisy, return_routing=True)
+        with first_choice(vit):
+            other, routings = vit(noisy, return_routing=True)
+        again = vit(noisy)
+    assert set(routings[0].unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(routings[0].argmax(-1), before[0].argmax(-1))
+    assert not torch.allclose(other, image)
+    assert torch.equal(again, image)  # the routers are put back
+
+
+def test_routers_that_learn_nothing():
+    x = torch.randn(2, 64, 128)
+    assert torch.equal(UniformRouter(4)(x), torch.full((2, 64, 4), 0.25))
+    routing = RandomRouter(64, 3)(x)
+    assert torch.equal(routing[0], routing[1])
+    assert torch.allclose(routing.sum(-1), torch.ones(2, 64))
+    assert routing.std() > 0.1
+    for name in ("uniform weights", "random weights"):
+        assert not [n for n, _ in VARIANTS[name]().named_parameters() if "router" in n]

@@ -16,6 +16,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import ablation_study
 import benchmark
 import compare_baselines
 import debug_evaluation
@@ -142,9 +143,8 @@ def test_training_data_script_accepts_right_noise(call):
 
 @pytest.mark.parametrize("actual", [0.19, 0.21])
 def test_training_data_script_notices_wrong_noise(call, monkeypatch, actual):
-    def off(self, noise, indices):
-        self.noise_level = actual
-        return original(self, noise, indices)
+    def off(self, noise, sigma, *others):
+        return original(self, noise, torch.full_like(sigma, actual), *others)
 
     original = NoisyImageDataset._add
     monkeypatch.setattr(NoisyImageDataset, "_add", off)
@@ -225,6 +225,102 @@ def test_baselines_table(folder, trained, call):
     assert len(scores) == 6
     assert scores["noisy input"] < scores["wavelet"] < 40
     assert scores["noisy input"] < scores["Gaussian blur"] < 40
+
+
+def test_refined_model_on_a_range_of_noise(call, folder):
+    options = ("--model", "refined", "--noise-level", 0.1, 0.3, "--flip")
+    process = call(experiment, "--dataset", folder, *SHORT, *options, "--output", "m.pt")
+    assert process.returncode == 0, process.stderr
+    assert "σ = 0.1 to 0.3" in process.stdout
+    checkpoint = torch.load("m.pt", weights_only=True)
+    assert checkpoint["recipe"]["noise_level"] == [0.1, 0.3]
+    assert checkpoint["recipe"]["model"] == "refined" and checkpoint["recipe"]["flip"] is True
+    assert load_model("m.pt").config["channels"] == (16, 48)
+    assert call(debug_evaluation, "--dataset", folder, "--checkpoint", "m.pt").returncode == 0
+    process = call(compare_baselines, "--dataset", folder, "--checkpoint", "m.pt")
+    assert "σ = 0.2" in process.stdout  # the middle
+
+
+def test_noise_levels_have_to_ascend(call, folder):
+    options = ("--dataset", folder, "--noise-level")
+    assert_refused(call(experiment, *options, 0.3, 0.1), "--noise-level", "ascending")
+    assert_refused(call(experiment, *options, 0.1, 0.2, 0.3), "--noise-level", "ascending")
+
+
+# The ablation study --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(call, folder, monkeypatch):
+    """Runs ablation_study.py with two steps for each variant."""
+    monkeypatch.setattr(ablation_study, "QUICK", {"steps": 2, "seeds": [0], "test_images": 2})
+
+    def run(*options):
+        return call(ablation_study, "--dataset", folder, "--batch-size", 2, "--quick", *options)
+
+    return run
+
+
+def test_ablation_study_trains_every_variant(study):
+    process = study()
+    assert process.returncode == 0, process.stderr
+    results = json.loads(Path("ablation_study.json").read_text())
+    assert [row["variant"] for row in results["rows"]] == list(ablation_study.VARIANTS)
+    assert max(row["parameters"] for row in results["rows"]) <= 599_689
+    choice = {row["variant"]: row["first_choice_psnr"] for row in results["rows"]}
+    assert choice["published"] and choice["refined"]
+    assert all(row["plateau_steps"] is None for row in results["rows"])  # in two steps
+    assert choice["dense, one expert"] is choice["U-Net"] is choice["DnCNN"] is None
+    table = Path("ablation_study.md").read_text()
+    assert all(f"| {name} | " in table for name in ablation_study.VARIANTS)
+    with Image.open("ablation_study.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
+    trained = []
+    original = ablation_study.train_variant
+
+    def train_variant(name, *arguments):
+        trained.append(name)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return original(name, *arguments)
+
+    monkeypatch.setattr(ablation_study, "train_variant", train_variant)
+    names = ("published", "uniform weights", "random weights")
+    assert study("--variants", *names).returncode == 130
+    assert study("--variants", *names).returncode == 0
+    assert trained == [*names, "random weights"]
+    process = study("--variants", *names, "--lr", 0.5)
+    assert_refused(process, "lr 0.001, this one has 0.5", "--output")
+
+
+def test_steps_on_the_plateau_are_counted():
+    """21 dB are a mean squared error of 0.00794; the mean is that of 20 steps."""
+    falling = [0.02] * 30 + [0.001] * 100
+    assert ablation_study.steps_to_leave_the_plateau(falling) == 43
+    assert ablation_study.steps_to_leave_the_plateau([0.001] * 30) == 20
+    assert ablation_study.steps_to_leave_the_plateau([0.02] * 30) is None
+
+
+def test_variants_that_train_as_published():
+    """Residual branches of the default initialisation, and an output that is always clamped."""
+    variants = ablation_study.VARIANTS
+    model = variants["default initialisation, clamped"]()
+    assert model.blocks[0].attention.merge.weight.abs().max() > 0.01
+    assert model.train()(5 * torch.rand(1, 3, 32, 32)).max() <= 1
+    model = variants["default initialisation"]()
+    assert model.blocks[1].ffn[-1].weight.abs().max() > 0.01
+    model = variants["clamped while training"]()
+    assert not model.blocks[0].attention.merge.weight.any()
+
+
+def test_ablation_study_does_not_touch_other_files(study):
+    Path("mine.json").write_text("[]")
+    assert_refused(study("--output", "mine.json"), "mine.json", "--output")
+    assert Path("mine.json").read_text() == "[]"
+    assert_refused(study("--output", "mine.txt"), "mine.txt", ".json")
 
 
 def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch):
@@ -591,6 +687,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         "debug_evaluation",
         "debug_test_data",
         "compare_baselines",
+        "ablation_study",
         "benchmark",
     ],
 )

@@ -311,7 +311,7 @@ def test_processes_share_every_batch_without_overlap(monkeypatch):
 
 
 def test_training_goes_on_where_torch_compile_fails(call, folder, monkeypatch):
-    def broken(model, mode):
+    def broken(model, mode, dynamic):
         raise RuntimeError("no compiler")
 
     assert train_on(call, folder, "plain.pt").returncode == 0
@@ -325,18 +325,18 @@ def test_training_goes_on_where_torch_compile_fails(call, folder, monkeypatch):
 def test_training_runs_what_torch_compile_made(call, folder, monkeypatch):
     calls = []
 
-    def compile(model, mode):
+    def compile(model, mode, dynamic):
         def fast(noisy, return_routing):
             calls.append(len(noisy))
             return model(noisy, return_routing)
 
-        fast.parameters, fast.zero_grad = model.parameters, model.zero_grad
+        fast.parameters = model.parameters
         return fast
 
     assert train_on(call, folder, "plain.pt").returncode == 0
     monkeypatch.setattr(torch, "compile", compile)
     assert train_on(call, folder, "m.pt", "--compile").returncode == 0
-    assert calls == [4] * (1 + 3 * 4)  # the example, then every step
+    assert calls == [4] * (3 + 3 * 4)  # the example, then every step
     assert same_weights(weights("m.pt"), weights("plain.pt"))
 
 
@@ -362,6 +362,41 @@ def test_losses_read_seldom_are_those_read_in_every_step(call, folder, monkeypat
 
 
 # Noise ---------------------------------------------------------------------------------------
+
+
+def test_flips_mirror_image_and_noise_free_target_alike(photos):
+    dataset = NoisyImageDataset(photos.train[:64], noise_level=0.0)
+    plain, flipped = (
+        next(dataset.shuffled_batches(64, seed=0, epoch=1, flip=flip)) for flip in (False, True)
+    )
+    mirrored = (flipped[1] == plain[1].flip(3)).flatten(1).all(1)
+    same = (flipped[1] == plain[1]).flatten(1).all(1)
+    assert (mirrored | same).all()
+    assert 16 < mirrored.sum() < 48
+    assert torch.equal(flipped[0], flipped[1])
+    noisy = [
+        next(NoisyImageDataset(photos.train[:64]).shuffled_batches(64, 0, 1, flip=flip))
+        for flip in (False, True)
+    ]
+    assert torch.equal(noisy[0][0][same], noisy[1][0][same])  # the published noise is left alone
+
+
+def test_every_image_draws_its_noise_level_from_a_range(photos):
+    grey = photos.train[[0] * 256]
+    grey.images = torch.full_like(grey.images, 128)  # far enough from the ends to clamp little
+    dataset = NoisyImageDataset(grey, (0.02, 0.1))
+    for batch in (next(dataset.batches(256)), next(dataset.shuffled_batches(256, 0, 1))):
+        sigma = (batch[0] - batch[1]).flatten(1).std(1)
+        assert sigma.min() == pytest.approx(0.02, abs=0.003)
+        assert sigma.max() == pytest.approx(0.1, abs=0.003)
+        assert sigma.mean() == pytest.approx(0.06, abs=0.005)
+    assert torch.equal(dataset[7][0], next(dataset.batches(256))[0][7])
+
+
+@pytest.mark.parametrize("level", [-0.1, (0.3, 0.1), float("nan"), (-0.1, 0.2)])
+def test_impossible_noise_levels_are_refused(photos, level):
+    with pytest.raises(ValueError, match="noise_level must be"):
+        NoisyImageDataset(photos.test, level)
 
 
 def test_evaluation_noise_is_the_same_for_any_batch_size(photos):
