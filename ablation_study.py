@@ -2,13 +2,16 @@
 
     python ablation_study.py                           # 3 seeds of 30 epochs each: for a GPU
     python ablation_study.py --dataset photos --quick  # minutes on 2 CPU cores
+    python ablation_study.py --checkpoint best_denoising_model_proper.pt  # no training, minutes
 
 Every variant has the same data, noise, steps, learning rates and seeds. A run that was interrupted
 goes on where it stopped, since finished trainings are read from the output file. Writes a JSON file
-and, named after it, a Markdown table and a picture.
+and, named after it, a Markdown table and a picture. With --checkpoint, parts of a trained model are
+replaced instead, and it is tested again, without any training.
 """
 
 import contextlib
+import copy
 import itertools
 import json
 import time
@@ -39,8 +42,10 @@ from denoising_experiment_proper import (
     SmallViT,
     count_parameters,
     evaluate,
+    load_for_evaluation,
     make_optimizer,
     noisy_splits,
+    result_line,
     training_step,
 )
 from image_sources import load_images
@@ -334,6 +339,39 @@ def draw(summary, recipe):
     return figure
 
 
+def replaced_parts(model):
+    """{what was replaced: model}, of the same weights otherwise."""
+    variants = {"as trained": copy.deepcopy(model)}
+    for name, make_router in (
+        ("uniform routing weights", lambda _, n: UniformRouter(n)),
+        ("random routing weights", lambda _, n: RandomRouter(model.grid**2, n)),
+        ("first-choice expert alone", lambda router, _: FirstChoiceRouter(router)),
+    ):
+        variants[name] = with_routers(copy.deepcopy(model), make_router)
+    for keys in (64, 32, 16, 8, 4, 1):
+        budgets = (keys,) * len(model.config["k_attend"])
+        variant = SmallViT(**{**model.config, "k_attend": budgets})
+        variant.load_state_dict(model.state_dict())
+        variants[f"every expert keeps {keys} keys"] = variant
+    return variants
+
+
+def measure_replaced_parts(args):
+    """Prints what becomes of a trained model when parts of it are replaced."""
+    _, model, source, noise_level = load_for_evaluation(args)
+    test_set = noisy_splits(source, noise_level)[2]
+    device = next(model.parameters()).device
+    torch.manual_seed(0)  # of the random weights
+    print("\n| replaced | PSNR (dB) | SSIM |\n|---|---|---|")
+    for name, variant in replaced_parts(model.cpu()).items():
+        result = evaluate(variant.to(device), test_set)
+        if name == "as trained":
+            whole = result
+        print(f"| {name} | {result.psnr.mean():.2f} | {result.ssim.mean():.4f} |", flush=True)
+    print(result_line(whole.psnr, whole.ssim, source.name))
+    return 0
+
+
 def write_results(output, recipe, rows):
     summary = summarise(rows)
     with replace_when_complete(output) as path:
@@ -377,6 +415,11 @@ def parse_args():
         *("lossless-share", "flip"),
     )
     parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="train nothing: test this model again with parts of it replaced (default: none)",
+    )
+    parser.add_argument(
         "--steps",
         type=number(int, 1),
         default=18_750,
@@ -413,6 +456,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.checkpoint:
+        return measure_replaced_parts(args)
     output = Path(args.output)
     if output.suffix != ".json":
         raise UserError(f"--output {output}: name a .json file; table and picture stand beside it")

@@ -222,9 +222,28 @@ def test_baselines_table(folder, trained, call):
     assert process.returncode == 0, process.stderr
     rows = dict(re.findall(r"^\| \**([a-zA-Z -]+).*?\| ([\d.]+) ±", process.stdout, re.M))
     scores = {name.strip(): float(value) for name, value in rows.items()}
-    assert len(scores) == 6
+    assert len(scores) == 7
     assert scores["noisy input"] < scores["wavelet"] < 40
     assert scores["noisy input"] < scores["Gaussian blur"] < 40
+
+
+def test_self_ensemble_undoes_every_turn():
+    """A model that turns with its image gives the ensemble its own output; another one does not."""
+
+    class Pointwise(torch.nn.Module):
+        def forward(self, noisy, return_routing=False):
+            return (noisy.square(), []) if return_routing else noisy.square()
+
+    class Shifted(torch.nn.Module):
+        def forward(self, noisy, return_routing=False):
+            image = noisy.roll(1, 3)
+            return (image, []) if return_routing else image
+
+    noisy = torch.rand(2, 3, 8, 8)
+    ensemble = compare_baselines.SelfEnsemble
+    assert torch.allclose(ensemble(Pointwise())(noisy), noisy.square())
+    shifts = [noisy.roll(s, axis) for s in (1, -1) for axis in (2, 3)]
+    assert torch.allclose(ensemble(Shifted())(noisy), torch.stack(shifts).mean(0))
 
 
 def test_refined_model_on_a_range_of_noise(call, folder):
@@ -294,6 +313,15 @@ def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
     assert trained == [*names, "random weights"]
     process = study("--variants", *names, "--lr", 0.5)
     assert_refused(process, "lr 0.001, this one has 0.5", "--output")
+
+
+def test_parts_of_a_trained_model_are_replaced(trained, call):
+    process = call(ablation_study, "--checkpoint", trained.path / "model.pt", "--dataset", "photos")
+    assert process.returncode == 0, process.stderr
+    table = dict(re.findall(r"^\| ([a-z].*?) \| ([\d.]+) \|", process.stdout, re.MULTILINE))
+    assert len(table) == 10
+    assert table["as trained"] == f"{trained.checkpoint['test']['psnr_mean']:.2f}"
+    assert float(table["every expert keeps 1 keys"]) < float(table["as trained"])
 
 
 def test_steps_on_the_plateau_are_counted():
