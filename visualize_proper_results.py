@@ -2,8 +2,9 @@
 
     python visualize_proper_results.py     # best_denoising_model_proper.pt on CIFAR-10
 
-Writes denoising_visualization_proper.png, six images from the worst to the best decile, and
-denoising_visualization_proper_images.csv, the figures of every test image.
+Writes denoising_visualization_proper.png, six images from the worst to the best decile;
+denoising_visualization_proper_images.csv, the figures of every test image; and
+denoising_visualization_proper_noise_levels.png, PSNR against σ.
 """
 
 import csv
@@ -21,9 +22,12 @@ from command_line import (
     run_main,
 )
 from denoising_experiment_proper import (
+    NoisyImageDataset,
     check_picture,
+    denoise_batches,
     evaluate,
     load_for_evaluation,
+    noise_range,
     noisy_splits,
     psnr,
     result_line,
@@ -32,6 +36,8 @@ from denoising_experiment_proper import (
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
 PERCENTILES = (5, 23, 41, 59, 77, 95)
+NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
+NOISE_LEVEL_IMAGES = 1000  # at most, the first of the test set
 
 
 def rank_images(psnrs):
@@ -114,6 +120,42 @@ def draw(model, dataset, indices, k_attend, title):
     return figure
 
 
+def psnr_against_noise(model, split):
+    """Mean PSNR in dB of noisy and denoised images at NOISE_LEVELS.
+
+    Args:
+        model: SmallViT.
+        split: image_sources.Split.
+
+    Returns:
+        list of (σ, PSNR of the noisy images, PSNR of the denoised ones).
+    """
+    rows = []
+    for noise_level in NOISE_LEVELS:
+        dataset = NoisyImageDataset(split[:NOISE_LEVEL_IMAGES], noise_level, stream=2)
+        scores = [
+            (psnr(x, target), psnr(y, target))
+            for noisy, restored, clean, _ in denoise_batches(model, dataset)
+            for x, y, target in zip(noisy.numpy(), restored.numpy(), clean.numpy(), strict=True)
+        ]
+        rows.append((noise_level, *np.mean(scores, 0)))
+    return rows
+
+
+def draw_noise_levels(rows, trained_on, title):
+    """Figure: PSNR of noisy and denoised images against σ; grey where the model was trained."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    levels, before, after = zip(*rows, strict=True)
+    axis.plot(levels, after, "o-", label="denoised")
+    axis.plot(levels, before, "s--", color="grey", label="noisy")
+    low, high = noise_range(trained_on)
+    axis.axvspan(low - 0.002, high + 0.002, color="tab:blue", alpha=0.15, lw=0, label="trained on")
+    axis.set(xlabel="σ of the noise", ylabel="mean PSNR (dB)", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
 def main():
     parser = make_parser(
         "Tests a checkpoint on the whole test set; draws six images from the worst to the best "
@@ -125,8 +167,10 @@ def main():
     output = Path(args.output)
     table = output.with_name(f"{output.stem}_images.csv")
     check_picture(output)
+    curve = output.with_name(f"{output.stem}_noise_levels{output.suffix}")
     check_writable(table)
-    _, model, source, noise_level = load_for_evaluation(args)
+    check_writable(curve)
+    checkpoint, model, source, noise_level = load_for_evaluation(args)
     test_set = noisy_splits(source, noise_level)[2]
     result = evaluate(model, test_set)
 
@@ -142,8 +186,16 @@ def main():
     figure = draw(model, test_set, rank_images(result.psnr), model.config["k_attend"], title)
     with replace_when_complete(output) as path:
         figure.savefig(path, dpi=110)
+    levels = psnr_against_noise(model, test_set.split)
+    title = f"{source.name}, {min(len(test_set), NOISE_LEVEL_IMAGES):,} test images"
+    figure = draw_noise_levels(levels, checkpoint["recipe"]["noise_level"], title)
+    with replace_when_complete(curve) as path:
+        figure.savefig(path, dpi=110)
     print(summary_table(result))
-    print(f"wrote {output} and {table}")
+    print("\n| σ | noisy (dB) | denoised (dB) |\n|---|---|---|")
+    for level, before, after in levels:
+        print(f"| {level:.2f} | {before:.2f} | {after:.2f} |")
+    print(f"\nwrote {output}, {table} and {curve}")
     print(line)
     return 0
 

@@ -125,6 +125,12 @@ def test_visualization_shows_and_tells_the_whole_test_set(trained, call):
     assert f"{worst:.4g}" in process.stdout
     assert f"{best:.4g}" in process.stdout
     assert min(Image.open("denoising_visualization_proper.png").size) > 800
+    assert min(Image.open("denoising_visualization_proper_noise_levels.png").size) > 400
+    rows = re.findall(r"^\| (0\.\d\d) \| ([\d.]+) \| ([\d.]+) \|", process.stdout, re.MULTILINE)
+    assert [float(level) for level, *_ in rows] == list(visualize_proper_results.NOISE_LEVELS)
+    assert float(rows[3][2]) == pytest.approx(test["psnr_mean"], abs=0.006)
+    noisy = [float(before) for _, before, _ in rows]
+    assert noisy == sorted(noisy, reverse=True)
 
 
 def test_drawn_images_go_from_worst_to_best():
