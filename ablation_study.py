@@ -323,17 +323,18 @@ def markdown(summary, recipe):
 
 
 def draw(summary, recipe):
-    """A bar for every variant's PSNR, a cross for its PSNR with first choices alone."""
+    """Every variant's PSNR, mean ± std; a cross for its PSNR with first choices alone."""
     figure, axis = plt.subplots(figsize=(8, 0.4 * len(summary) + 1.5), layout="constrained")
     names = [entry["variant"] for entry in summary]
     means, stds = zip(*(entry["psnr"] for entry in summary), strict=True)
-    axis.barh(names, means, xerr=stds, color="tab:blue", height=0.6, capsize=3)
+    axis.errorbar(means, names, xerr=stds, fmt="o", color="tab:blue", capsize=3)
     for place, entry in enumerate(summary):
         if entry["first_choice_psnr"]:
             axis.plot(entry["first_choice_psnr"][0], place, "x", color="tab:red")
     crosses = [e["first_choice_psnr"][0] for e in summary if e["first_choice_psnr"]]
     axis.set_xlim(min([*means, *crosses]) - 0.5, max(means) + 0.5)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(alpha=0.3)
     axis.set_xlabel("test PSNR (dB); red crosses: each token uses its first-choice expert alone")
     axis.set_title(f"{recipe['dataset']}, {recipe['steps']:,} steps, σ = {recipe['noise_level']:g}")
     return figure
