@@ -64,19 +64,19 @@ def topk_attention(query, key, value, k_attend, dropout_p=0.0):
     query = query * query.shape[-1] ** -0.5
     block = max(1, MAX_SCORES // max(1, query.shape[:-2].numel() * num_keys))
     if block >= num_queries:
-        return _attend_to_unmasked(query, key, value, k_attend, dropout_p)
+        return _attend_by_masking(query, key, value, k_attend, dropout_p)
     if k_attend * SPARSE_RATIO <= num_keys and query.device.type in ("cpu", "cuda"):
         attended = _attend_to_selected(query, key, value, k_attend, dropout_p, block)
         if attended is not None:
             return attended
     blocks = [
-        checkpoint(_attend_to_unmasked, part, key, value, k_attend, dropout_p, use_reentrant=False)
+        checkpoint(_attend_by_masking, part, key, value, k_attend, dropout_p, use_reentrant=False)
         for part in query.split(block, dim=-2)
     ]
     return torch.cat(blocks, dim=-2)
 
 
-def _attend_to_unmasked(query, key, value, k_attend, dropout_p):
+def _attend_by_masking(query, key, value, k_attend, dropout_p):
     scores = query @ key.transpose(-2, -1)  # [..., N_q, N_k]
     with torch.no_grad():  # the selection has no gradient of its own
         kept = scores.topk(k_attend, dim=-1, sorted=False).values

@@ -41,6 +41,7 @@ from command_line import (
 from denoising_experiment_proper import (
     NoisyImageDataset,
     SmallViT,
+    autocast,
     compiled,
     count_parameters,
     evaluate,
@@ -134,12 +135,12 @@ def tokens_of(model, images):
         return model.blocks[0].norm1(model.embed(images)[0])
 
 
-def both_passes(layer, tokens, autocast):
+def both_passes(layer, tokens, in_dtype):
     """A function() that runs a layer forward and backward."""
     tokens = tokens.clone().requires_grad_()
 
     def run():
-        with autocast():
+        with in_dtype():
             output = layer(tokens)[0]
         output.float().sum().backward()
 
@@ -151,7 +152,7 @@ def functions_of(row, variants, train_set, eval_set, args):
     dtype = getattr(torch, args.dtype)
     batches = partial(train_set.shuffled_batches, args.batch_size, args.seed, epoch=1)
     noisy, clean, _ = next(batches())
-    autocast = autocast_to(dtype, noisy.device)
+    in_dtype = partial(autocast, noisy.device, dtype)
     functions = {}
     for name, model in variants.items():
         layer, tokens, optimizer = (
@@ -166,7 +167,7 @@ def functions_of(row, variants, train_set, eval_set, args):
                 raise UserError("--compile: there is nothing compiled to time; drop the option")
 
         def forward(layer=layer, tokens=tokens):
-            with torch.inference_mode(), autocast():
+            with torch.inference_mode(), in_dtype():
                 layer(tokens)
 
         step = partial(training_step, fast, optimizer, dtype=dtype)
@@ -177,9 +178,9 @@ def functions_of(row, variants, train_set, eval_set, args):
 
         functions[name] = {
             "layer forward": forward,
-            "layer forward+backward": both_passes(layer, tokens, autocast),
+            "layer forward+backward": both_passes(layer, tokens, in_dtype),
             "training step": partial(step, noisy, clean),
-            "inference": partial(infer, model, noisy, autocast),
+            "inference": partial(infer, model, noisy, in_dtype),
             "epoch": epoch,
             "evaluation": partial(evaluate, model, eval_set),
         }[row]
@@ -227,7 +228,7 @@ def measure_stages(noisy, clean, effort, args):
                 block.attention.forward = partial(forward, block.attention)
         optimizer = make_optimizer(model, 1e-4)
         steps[name] = partial(training_step, model, optimizer, noisy, clean, dtype=dtype)
-        inference[name] = partial(infer, model, noisy, autocast_to(dtype, noisy.device))
+        inference[name] = partial(infer, model, noisy, partial(autocast, noisy.device, dtype))
     step_seconds = alternate(steps, effort, noisy.device)
     inference_seconds = alternate(inference, effort, noisy.device)
     print("\n| stage | training step (ms) | inference (ms) |\n|---|---|---|")
@@ -239,14 +240,9 @@ def measure_stages(noisy, clean, effort, args):
     return rows
 
 
-def infer(model, noisy, autocast):
-    with torch.inference_mode(), autocast():
+def infer(model, noisy, in_dtype):
+    with torch.inference_mode(), in_dtype():
         model(noisy)
-
-
-def autocast_to(dtype, device):
-    """Context manager without arguments."""
-    return partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
 
 def mosaic(images, tokens):
@@ -258,7 +254,10 @@ def mosaic(images, tokens):
 
 def measure_tokens(images, effort, device, args):
     """The layer forward and backward on 1 sequence of growing length: one dict per length."""
-    variants, autocast = make_variants(device), autocast_to(getattr(torch, args.dtype), device)
+    variants, in_dtype = (
+        make_variants(device),
+        partial(autocast, device, getattr(torch, args.dtype)),
+    )
     peaks = {}
     for name in variants:
         lengths = [n for n in effort.tokens if name != "straightforward" or n <= MOST_GATHERED]
@@ -277,7 +276,7 @@ def measure_tokens(images, effort, device, args):
         for name, model in variants.items():
             if tokens in peaks[name]:
                 x = tokens_of(model, mosaic(images, tokens))
-                functions[name] = both_passes(model.blocks[0].attention, x, autocast)
+                functions[name] = both_passes(model.blocks[0].attention, x, in_dtype)
         seconds = alternate(functions, effort, device)
         extra = {name: peaks[name][tokens] for name in functions}
         rows.append({"tokens": tokens, "seconds": seconds, "extra_bytes": extra})
@@ -291,14 +290,14 @@ def peak_memory(name, images, lengths, device, dtype, threads=None):
     """{length: peak extra bytes} of a variant's layer forward and backward; lengths ascend."""
     select_device(device.type, threads)
     model, images = make_variants(device)[name], torch.from_numpy(images).to(device)
-    autocast = autocast_to(getattr(torch, dtype), device)
+    in_dtype = partial(autocast, device, getattr(torch, dtype))
     inputs = {tokens: tokens_of(model, mosaic(images, tokens)) for tokens in lengths}
-    both_passes(model.blocks[0].attention, inputs[lengths[0]], autocast)()  # warm-up
+    both_passes(model.blocks[0].attention, inputs[lengths[0]], in_dtype)()  # warm-up
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start, peaks = peak_bytes(device), {}
     for tokens, x in inputs.items():
-        both_passes(model.blocks[0].attention, x, autocast)()
+        both_passes(model.blocks[0].attention, x, in_dtype)()
         peaks[tokens] = peak_bytes(device) - start
     return peaks
 

@@ -768,6 +768,11 @@ def make_optimizer(model, lr):
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY, fused=True)
 
 
+def autocast(device, dtype):
+    """Context in which matrix products run in dtype; float32 leaves everything as it is."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def compiled(model, noisy, dtype):
     """The model as torch.compile makes it, or itself where that does not work, which it says.
 
@@ -784,7 +789,7 @@ def compiled(model, noisy, dtype):
         fast = torch.compile(model, mode=mode, dynamic=False)
         for _ in range(3):  # compiles; records CUDA graphs; replays them
             model.zero_grad()
-            with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(noisy.device, dtype):
                 restored, routings = fast(noisy, return_routing=True)
             sum(output.float().sum() for output in (restored, *routings)).backward()
     except Exception as error:  # every layer below has its own exceptions
@@ -810,7 +815,7 @@ def training_step(
 
     Args:
         model: SmallViT in training mode, or what `compiled` or `parallel` made of it.
-        optimizer: of its parameters; None leaves it at the gradients.
+        optimizer: of its parameters.
         noisy, clean: [B, 3, h, w] on the model's device.
         batch_size: images of all processes together; default B.
         dtype: bfloat16 runs matrix products under autocast; weights, residual stream and losses
@@ -825,7 +830,7 @@ def training_step(
     batch_size = batch_size or share
     if share == 0:  # kernels want an image; its weight is zero
         noisy = clean = noisy.new_zeros(1, *noisy.shape[1:])
-    with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(noisy.device, dtype):
         restored, routings = model(noisy, return_routing=True)
     # Sums, not means: shares of a batch may differ in size.
     squared_error = F.mse_loss(restored.float(), clean, reduction="sum") / clean.shape[1:].numel()
@@ -834,13 +839,10 @@ def training_step(
     mse, *loads = sum_over_processes(sums).split([1] + [loads.shape[1]] * len(loads))
     balance = sum(load_balancing_loss(load.unsqueeze(0)) for load in loads)
     loss = mse.squeeze() + balance_weight * balance
-    if optimizer is None:
-        loss.backward()
-    else:
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
     return torch.stack([mse.squeeze(), balance]).detach()
 
 

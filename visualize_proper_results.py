@@ -143,7 +143,7 @@ def psnr_against_noise(model, split):
 
 
 def draw_noise_levels(rows, trained_on, title):
-    """Figure: PSNR of noisy and denoised images against σ; grey where the model was trained."""
+    """Figure: PSNR of noisy and denoised images against σ; a band where the model was trained."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     levels, before, after = zip(*rows, strict=True)
     axis.plot(levels, after, "o-", label="denoised")

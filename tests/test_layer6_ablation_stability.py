@@ -278,20 +278,22 @@ import torch
 import denoising_experiment_proper as experiment
 from data_parallel import joined, my_share, parallel
 
-experiment.BALANCE_WEIGHT = 10.0  # so that neither loss hides the other
+experiment.CLIP_NORM = float("inf")
+weight = dict(balance_weight=10.0)  # so that neither loss hides the other
 torch.manual_seed(0)
 model = experiment.SmallViT()
 for block in model.blocks:
     torch.nn.init.normal_(block.attention.merge.weight, std=0.1)
     torch.nn.init.normal_(block.attention.router.mlp[-1].bias)
 noisy, clean = torch.rand(2, 5, 3, 32, 32)
-expected = experiment.training_step(model, None, noisy, clean)
+still = torch.optim.SGD(model.parameters(), 0.0)
+expected = experiment.training_step(model, still, noisy, clean, **weight)
 gradients = [p.grad.clone() for p in model.parameters()]
 model.zero_grad()
 with joined(torch.device("cpu")):
     share = my_share(noisy), my_share(clean)
     assert len(share[0]) in (2, 3)
-    losses = experiment.training_step(parallel(model), None, *share, batch_size=5)
+    losses = experiment.training_step(parallel(model), still, *share, batch_size=5, **weight)
 torch.testing.assert_close(losses, expected)
 for parameter, gradient in zip(model.parameters(), gradients, strict=True):
     torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
