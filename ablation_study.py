@@ -223,23 +223,22 @@ def train_variant(name, seed, train_set, args):
     """A trained model and the list of its training errors; cosine annealing in every step."""
     torch.manual_seed(seed)
     model = VARIANTS[name]().to(train_set.device).train()
-    optimizer = make_optimizer(model, args.lr)
+    optimizer = make_optimizer(model, args.lr, args.optimizer)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    options = (args.batch_size, seed)
     batches = itertools.chain.from_iterable(
-        train_set.shuffled_batches(*options, epoch, args.lossless_share, flip=args.flip)
+        train_set.shuffled_batches(
+            args.batch_size, seed, epoch, args.lossless_share, flip=args.flip
+        )
         for epoch in itertools.count(1)
     )
     weight = 0.0 if name == "no load-balancing loss" else BALANCE_WEIGHT
-    dtype = getattr(torch, args.dtype)
+    options = {"dtype": getattr(torch, args.dtype), "loss": args.loss, "balance_weight": weight}
     steps = itertools.islice(batches, args.steps)
     losses = []
     for noisy, clean, _ in tqdm(
         steps, name, args.steps, leave=False, disable=None, dynamic_ncols=True
     ):
-        losses.append(
-            training_step(model, optimizer, noisy, clean, dtype=dtype, balance_weight=weight)
-        )
+        losses.append(training_step(model, optimizer, noisy, clean, **options))
         scheduler.step()
     return model, torch.stack(losses)[:, 0].tolist()
 
@@ -413,7 +412,7 @@ def parse_args():
         "Trains variants of the model under one recipe and compares them. Goes on where an "
         "earlier run with the same --output stopped.",
         *("dataset", "data-dir", "batch-size", "lr", "noise-level", "device", "threads", "dtype"),
-        *("lossless-share", "flip"),
+        *("loss", "optimizer", "lossless-share", "flip"),
     )
     parser.add_argument(
         "--checkpoint",
@@ -476,6 +475,8 @@ def main():
         "steps": args.steps,
         "batch_size": args.batch_size,
         "lr": args.lr,
+        "loss": args.loss,
+        "optimizer": args.optimizer,
         "noise_level": args.noise_level,
         "lossless_share": args.lossless_share,
         "flip": bool(args.flip),

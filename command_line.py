@@ -67,6 +67,16 @@ def make_parser(description, *options):
         "epochs": dict(type=number(int, 1), default=30, help="passes over the training images"),
         "batch-size": dict(type=number(int, 1), default=64, help="images per step"),
         "lr": dict(type=number(float, 0, True), default=1e-3, help="initial learning rate"),
+        "loss": dict(
+            default="mse",
+            choices=["mse", "psnr"],
+            help="mse, as published: mean squared error; psnr: the mean PSNR of an image",
+        ),
+        "optimizer": dict(
+            default="adamw",
+            choices=["adamw", "muon"],
+            help="adamw, as published, or muon, which learns faster",
+        ),
         "noise-level": dict(
             type=number(float, 0),
             default=0.2,

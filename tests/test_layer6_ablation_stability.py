@@ -147,18 +147,22 @@ def test_load_balancing_prevents_collapse():
     assert balanced.max() < 0.4
 
 
-def test_a_training_step_minimises_the_sum_of_both_losses(vit, photos):
-    """Its gradients are those of MSE + 0.01 · the load-balancing loss of every block."""
+@pytest.mark.parametrize("loss", ["mse", "psnr"])
+def test_a_training_step_minimises_the_sum_of_both_losses(vit, photos, loss):
+    """Its gradients are those of the loss + 0.01 · the load-balancing loss of every block."""
     noisy, clean, _ = next(NoisyImageDataset(photos.train).batches(4))
     with torch.no_grad():
         for block in vit.blocks:
             block.attention.router.mlp[-1].bias.copy_(torch.tensor([3.0, 0.0, -3.0]))
     image, routings = vit(noisy, return_routing=True)
-    loss = (image - clean).square().mean() + 0.01 * sum(map(load_balancing_loss, routings))
-    loss.backward()
+    errors = (image - clean).square().mean((1, 2, 3))
+    objective = errors.mean() if loss == "mse" else (errors + 1e-5).log10().mean() / 100
+    (objective + 0.01 * sum(map(load_balancing_loss, routings))).backward()
     torch.nn.utils.clip_grad_norm_(vit.parameters(), 1.0)
     expected = [p.grad.clone() for p in vit.parameters()]
-    experiment.training_step(vit, torch.optim.SGD(vit.parameters(), 0.0), noisy, clean)
+    still = torch.optim.SGD(vit.parameters(), 0.0)
+    measured, _ = experiment.training_step(vit, still, noisy, clean, loss=loss)
+    assert measured == pytest.approx(errors.mean().item(), rel=1e-5)
     for parameter, gradient in zip(vit.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-7)
 
@@ -197,10 +201,36 @@ def test_a_seed_repeats_bit_for_bit_and_another_does_not(call, folder):
     assert history[0] == history[1]  # all but the seconds
 
 
-@pytest.mark.parametrize("stop_after", [2, 4, 7, 12], ids=lambda n: f"step{n}")
-def test_resume_gives_the_weights_of_an_uninterrupted_run(call, folder, monkeypatch, stop_after):
+def test_muon_turns_momentum_of_any_shape_into_an_orthogonal_step():
+    """Singular values of every step are nearly equal; what is no matrix gets AdamW's signs."""
+    model = SmallViT(**experiment.MODELS["refined"])
+    optimizer = experiment.make_optimizer(model, 1e-2, "muon")
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * torch.logspace(-0.5, 0, p.shape[-1])
+    optimizer.step()
+    steps = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    for name in ("blocks.0.ffn.0.weight", "blocks.1.attention.merge.weight"):
+        values = torch.linalg.svdvals(steps[name])
+        scale = 1e-2 * 0.2 * max(steps[name].shape) ** 0.5  # the root mean square of AdamW's steps
+        assert 0.7 * scale < values.quantile(0.1) and values.max() < 1.3 * scale
+    values = torch.linalg.svdvals(steps["encoder.stages.1.conv1.weight"].flatten(1))
+    assert values.min() > 0.7 * values.max()
+    step = steps["position"] * torch.sign(model.position.grad)
+    assert step.min() > 0.9 * step.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "optimizer"),
+    [(2, "adamw"), (4, "adamw"), (7, "adamw"), (12, "adamw"), (7, "muon")],
+)
+def test_resume_gives_the_weights_of_an_uninterrupted_run(
+    call, folder, monkeypatch, stop_after, optimizer
+):
     """Interrupted in the first epoch, between epochs, in the second, at the very end."""
-    assert train_on(call, folder, "whole.pt").returncode == 0
+    options = ("--optimizer", optimizer)
+    assert train_on(call, folder, "whole.pt", *options).returncode == 0
     original = torch.nn.utils.clip_grad_norm_
     steps = []
 
@@ -212,12 +242,12 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(call, folder, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment.nn.utils, "clip_grad_norm_", press_ctrl_c)
-        process = train_on(call, folder, "parts.pt")
+        process = train_on(call, folder, "parts.pt", *options)
     if stop_after < 12:  # 4 steps an epoch; after the last one nothing is left to stop
         assert process.returncode == 130
         assert "--resume" in process.stdout
         experiment.load_model("parts.pt")
-        process = train_on(call, folder, "parts.pt", "--resume")
+        process = train_on(call, folder, "parts.pt", *options, "--resume")
     assert process.returncode == 0, process.stderr
     assert same_weights(weights("parts.pt"), weights("whole.pt"))
     assert not Path("parts_resume.pt").exists()
@@ -268,7 +298,8 @@ def test_two_processes_train_as_one_does(call, folder):
             assert row[name] == pytest.approx(expected[name], rel=1e-3)
 
 
-def test_processes_share_the_gradient_of_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("loss", ["mse", "psnr"])
+def test_processes_share_the_gradient_of_the_whole_batch(tmp_path, loss):
     """Both losses are those of the global batch, also where the shares differ in size."""
     script = tmp_path / "step.py"
     script.write_text(f"""
@@ -279,7 +310,7 @@ import denoising_experiment_proper as experiment
 from data_parallel import joined, my_share, parallel
 
 experiment.CLIP_NORM = float("inf")
-weight = dict(balance_weight=10.0)  # so that neither loss hides the other
+options = dict(balance_weight=10.0, loss=sys.argv[1])  # so that neither loss hides the other
 torch.manual_seed(0)
 model = experiment.SmallViT()
 for block in model.blocks:
@@ -287,19 +318,19 @@ for block in model.blocks:
     torch.nn.init.normal_(block.attention.router.mlp[-1].bias)
 noisy, clean = torch.rand(2, 5, 3, 32, 32)
 still = torch.optim.SGD(model.parameters(), 0.0)
-expected = experiment.training_step(model, still, noisy, clean, **weight)
+expected = experiment.training_step(model, still, noisy, clean, **options)
 gradients = [p.grad.clone() for p in model.parameters()]
 model.zero_grad()
 with joined(torch.device("cpu")):
     share = my_share(noisy), my_share(clean)
     assert len(share[0]) in (2, 3)
-    losses = experiment.training_step(parallel(model), still, *share, batch_size=5, **weight)
+    losses = experiment.training_step(parallel(model), still, *share, batch_size=5, **options)
 torch.testing.assert_close(losses, expected)
 for parameter, gradient in zip(model.parameters(), gradients, strict=True):
     torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
 """)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
-    process = subprocess.run([*torchrun, script], capture_output=True, text=True, timeout=300)
+    process = subprocess.run([*torchrun, script, loss], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
 
 
