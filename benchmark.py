@@ -5,7 +5,7 @@
 
 The yardsticks are the straightforward implementation, which gathers the selected values (the
 oracle of the tests), and a vision transformer of the same width with ordinary dense attention.
-All variants alternate in one run, after a warm-up; a figure is the median. Prints two tables and
+All variants alternate in one run, after a warm-up; a figure is the median. Prints its tables and
 writes benchmark_results.json.
 """
 
@@ -39,6 +39,7 @@ from command_line import (
     select_device,
 )
 from denoising_experiment_proper import (
+    MODELS,
     NoisyImageDataset,
     SmallViT,
     autocast,
@@ -56,7 +57,7 @@ from oracle import straightforward_expert, straightforward_moe
 
 ROWS = (
     *("layer forward", "layer forward+backward", "training step", "inference"),
-    *("epoch", "evaluation", "tokens", "stages"),
+    *("epoch", "evaluation", "tokens", "models", "stages"),
 )
 TOKENS = (64, 256, 1024, 4096, 16384)
 MOST_GATHERED = 4096  # tokens; at 16,384 the straightforward layer takes tens of GiB
@@ -217,26 +218,44 @@ STAGES = {
 }
 
 
-def measure_stages(noisy, clean, effort, args):
-    """The training step and inference at every stage of the layer: one dict per stage."""
-    steps, inference = {}, {}
-    dtype = getattr(torch, args.dtype)
+def make_stages(device):
+    """{stage: (this model at that stage, optimizer, loss)}."""
+    stages = {}
     for name, forward in STAGES.items():
-        model = make_variants(noisy.device)["this"]
+        model = make_variants(device)["this"]
         for block in model.blocks:
             if forward:
                 block.attention.forward = partial(forward, block.attention)
-        optimizer = make_optimizer(model, 1e-4)
-        steps[name] = partial(training_step, model, optimizer, noisy, clean, dtype=dtype)
+        stages[name] = (model, "adamw", "mse")
+    return stages
+
+
+def make_models(device):
+    """{name: (model of --model, optimizer, loss)}, each with both recipes."""
+    return {
+        f"{name}, {optimizer}, {loss}": (SmallViT(**config).to(device), optimizer, loss)
+        for name, config in MODELS.items()
+        for optimizer, loss in (("adamw", "mse"), ("muon", "psnr"))
+    }
+
+
+def measure_side_by_side(contestants, noisy, clean, effort, args):
+    """The training step and inference of each (model, optimizer, loss): one dict per contestant."""
+    steps, inference = {}, {}
+    dtype = getattr(torch, args.dtype)
+    for name, (model, optimizer, loss) in contestants.items():
+        optimizer = make_optimizer(model.train(), 1e-4, optimizer)
+        step = partial(training_step, model, optimizer, dtype=dtype, loss=loss)
+        steps[name] = partial(step, noisy, clean)
         inference[name] = partial(infer, model, noisy, partial(autocast, noisy.device, dtype))
     step_seconds = alternate(steps, effort, noisy.device)
     inference_seconds = alternate(inference, effort, noisy.device)
-    print("\n| stage | training step (ms) | inference (ms) |\n|---|---|---|")
+    print("\n| | training step (ms) | inference (ms) |\n|---|---|---|")
     rows = []
-    for name in STAGES:
+    for name in contestants:
         seconds = {"training step": step_seconds[name], "inference": inference_seconds[name]}
-        rows.append({"stage": name, "seconds": seconds})
-        print(f"| {name} | {' | '.join(f'{1e3 * s:.1f}' for s in seconds.values())} |")
+        rows.append({"name": name, "seconds": seconds})
+        print(f"| {name} | {' | '.join(f'{1e3 * s:.1f}' for s in seconds.values())} |", flush=True)
     return rows
 
 
@@ -381,8 +400,8 @@ def main():
     for name, model in variants.items():
         print(f"{name:<18} {count_parameters(model):,} parameters")
 
-    results = {"machine": machine, "rows": [], "tokens": [], "stages": []}
-    rows = [row for row in args.rows if row not in ("tokens", "stages")]
+    results = {"machine": machine, "rows": [], "tokens": [], "models": [], "stages": []}
+    rows = [row for row in args.rows if row not in results]
     if rows:
         print(
             "\n| row | this (ms) | straightforward (ms) | times faster | dense (ms) "
@@ -393,9 +412,10 @@ def main():
     if "tokens" in args.rows:
         images = next(train_set.shuffled_batches(256, args.seed, epoch=1))[0]
         results["tokens"] = measure_tokens(images, effort, device, args)
-    if "stages" in args.rows:
-        batch = next(train_set.shuffled_batches(args.batch_size, args.seed, epoch=1))
-        results["stages"] = measure_stages(*batch[:2], effort, args)
+    batch = next(train_set.shuffled_batches(args.batch_size, args.seed, epoch=1))[:2]
+    for row, make in (("models", make_models), ("stages", make_stages)):
+        if row in args.rows:
+            results[row] = measure_side_by_side(make(device), *batch, effort, args)
     with replace_when_complete(args.output) as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nwrote {args.output}")

@@ -23,7 +23,6 @@ from command_line import (
 )
 from denoising_experiment_proper import (
     NoisyImageDataset,
-    check_picture,
     denoise_batches,
     evaluate,
     load_for_evaluation,
@@ -33,6 +32,7 @@ from denoising_experiment_proper import (
     result_line,
     ssim,
 )
+from run_files import check_picture
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
 PERCENTILES = (5, 23, 41, 59, 77, 95)

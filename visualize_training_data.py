@@ -16,8 +16,9 @@ from command_line import (
     replace_when_complete,
     run_main,
 )
-from denoising_experiment_proper import check_picture, noisy_splits
+from denoising_experiment_proper import noisy_splits
 from image_sources import load_images
+from run_files import check_picture
 
 MEASURED_IMAGES = 4096  # at most; 12.6 million values fix the standard deviation to 0.03 %
 

@@ -22,6 +22,7 @@ import compare_baselines
 import debug_evaluation
 import debug_test_data
 import denoising_experiment_proper as experiment
+import run_files
 import visualize_proper_results
 import visualize_training_data
 from conftest import ROOT, assert_refused, run_script, write_images
@@ -366,11 +367,15 @@ def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch):
     assert [row["row"] for row in results["rows"]] == list(benchmark.ROWS[:6])
     assert [row["images"] for row in results["rows"]] == [4, 4, 4, 4, 8, 8]
     assert [row["tokens"] for row in results["tokens"]] == [64, 256]
-    for row in results["rows"] + results["tokens"]:
-        assert min(row["seconds"].values()) > 0
-        if row.get("row") != "evaluation":
-            assert row["seconds"].keys() == {"this", "straightforward", "dense"}
     assert results["tokens"][1]["extra_bytes"]["straightforward"] > 0
+    assert [row["name"] for row in results["models"]] == [
+        *("published, adamw, mse", "published, muon, psnr"),
+        *("refined, adamw, mse", "refined, muon, psnr"),
+    ]
+    for row in results["rows"] + results["tokens"] + results["models"]:
+        assert min(row["seconds"].values()) > 0
+        if row.get("row", "evaluation") != "evaluation" or "tokens" in row:
+            assert row["seconds"].keys() == {"this", "straightforward", "dense"}
     assert results["machine"]["batch_size"] == 4
 
 
@@ -381,7 +386,7 @@ def test_benchmark_in_bfloat16_and_selected_rows(folder, call):
     results = json.loads(Path("benchmark_results.json").read_text())
     assert results["machine"]["dtype"] == "bfloat16"
     assert len(results["rows"]) == 1 and not results["tokens"]
-    assert [row["stage"] for row in results["stages"]] == list(benchmark.STAGES)
+    assert [row["name"] for row in results["stages"]] == list(benchmark.STAGES)
 
 
 def test_benchmark_lengthens_sequences_with_real_patches(vit):
@@ -595,7 +600,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(experiment.UserError, match="disk is full"):
-        experiment.save_atomically({}, tmp_path / "m.pt")
+        run_files.save_atomically({}, tmp_path / "m.pt")
     assert not list(tmp_path.iterdir())
 
 
@@ -692,7 +697,7 @@ def test_links_are_followed(tmp_path):
 
 
 def test_files_of_runs_with_dots_in_their_names_stay_apart():
-    one, other = (set(experiment.RunFiles(Path(f"sigma0.{i}")).all) for i in (1, 2))
+    one, other = (set(run_files.RunFiles(Path(f"sigma0.{i}")).all) for i in (1, 2))
     assert not one & other
 
 
