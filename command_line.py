@@ -70,12 +70,12 @@ def make_parser(description, *options):
         "loss": dict(
             default="mse",
             choices=["mse", "psnr"],
-            help="mse, as published: mean squared error; psnr: the mean PSNR of an image",
+            help="mse, as published: mean squared error; psnr: minus the mean PSNR",
         ),
         "optimizer": dict(
             default="adamw",
             choices=["adamw", "muon"],
-            help="adamw, as published, or muon, which learns faster",
+            help="adamw, as published; muon orthogonalises the momentum of matrices (timm)",
         ),
         "noise-level": dict(
             type=number(float, 0),

@@ -48,7 +48,7 @@ from run_files import RunFiles, StopRequest, save_atomically, write_history
 
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss, per block
 PSNR_WEIGHT = 1e-3  # with it, 1 dB near 23 dB weighs what it weighs in the mean squared error
-LEAST_MSE = 1e-5  # 50 dB: an image as good as that has nothing to gain
+PSNR_EPS = 1e-5  # an MSE of 50 dB; bounds the gradient of the logarithm
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 1.0
 CPU_STEPS_PER_READ, GPU_STEPS_PER_READ = 1, 50  # reading a loss makes the CPU wait for the GPU
@@ -256,9 +256,9 @@ class ConvEncoder(nn.Module):
         )
 
     def forward(self, image):
-        # Channels last: convolutions are a tenth faster on a CPU, and tokens need no copy.
-        x = self.stem(image.contiguous(memory_format=torch.channels_last))
-        features = []
+        if image.device.type == "cpu":  # a tenth faster there, and tokens need no copy
+            image = image.contiguous(memory_format=torch.channels_last)
+        x, features = self.stem(image), []
         for stage, down in zip(self.stages, self.downs, strict=True):
             features.append(stage(x))
             x = down(features[-1])
@@ -674,12 +674,13 @@ def make_optimizer(model, lr, name="adamw"):
         model: its parameters are trained.
         lr: learning rate.
         name: "adamw", as published, all parameters in one fused step; or "muon", which
-            orthogonalises the momentum of every weight matrix and convolution kernel (Jordan et al.
-            2024), scaled so that a learning rate means what it means to AdamW (Liu et al. 2025);
-            the other parameters get AdamW.
+            orthogonalises the momentum of weight matrices and convolution kernels (Jordan et al.
+            2024), scaled so that a learning rate means what it means to AdamW (Liu et al. 2025).
+            Parameters with fewer than 4 rows or columns, such as biases, get AdamW with Nesterov
+            momentum (NAdamW).
     """
     if name == "muon":
-        from timm.optim import Muon  # takes a second, which no other run has to wait
+        from timm.optim import Muon  # a slow import, which other runs are spared
 
         return Muon(model.parameters(), lr, weight_decay=WEIGHT_DECAY, nesterov=True)
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY, fused=True)
@@ -738,8 +739,8 @@ def training_step(
         batch_size: images of all processes together; default B.
         dtype: bfloat16 runs matrix products under autocast; weights, residual stream and losses
             stay in float32.
-        loss: "mse", or "psnr", which is the mean over the images of 10·log10(MSE of the image),
-            times PSNR_WEIGHT (HINet, Chen et al. 2021).
+        loss: "mse", or "psnr": minus the mean PSNR of the images in dB, times PSNR_WEIGHT; PSNR_EPS
+            is added to each image's MSE (HINet, Chen et al. 2021).
         balance_weight: of the load-balancing loss of each block.
 
     Returns:
@@ -753,7 +754,7 @@ def training_step(
     with autocast(noisy.device, dtype):
         restored, routings = model(noisy, return_routing=True)
     errors = F.mse_loss(restored.float(), clean, reduction="none").mean((1, 2, 3))  # [B]
-    objectives = errors if loss == "mse" else PSNR_WEIGHT * 10 * (errors + LEAST_MSE).log10()
+    objectives = errors if loss == "mse" else PSNR_WEIGHT * 10 * (errors + PSNR_EPS).log10()
     loads = torch.stack([routing.float().sum((0, 1)) / routing.shape[1] for routing in routings])
     # Sums, not means: shares of a batch may differ in size.
     sums = torch.cat([errors.sum().view(1), objectives.sum().view(1), loads.flatten()])

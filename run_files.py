@@ -1,4 +1,4 @@
-"""What a training run leaves on the disk, and how it is asked to stop."""
+"""Files that training and pictures leave on the disk, and how a run is asked to stop."""
 
 import csv
 import math

@@ -117,6 +117,9 @@ def test_refined_model_keeps_the_budget_and_starts_as_the_identity(refined):
     fresh = SmallViT(**MODELS["refined"]).eval()
     assert torch.equal(fresh(noisy), noisy)
     image, routings = refined.eval()(noisy, return_routing=True)
+    tokens, features = refined.encoder(noisy)
+    for feature in (tokens, *features):
+        assert feature.is_contiguous(memory_format=torch.channels_last)
     assert image.shape == (2, 3, 32, 32) and not torch.equal(image, noisy)
     assert [r.shape for r in routings] == [(2, 64, 3)] * 2
     assert refined(torch.rand(1, 3, 48, 20)).shape == (1, 3, 48, 20)
