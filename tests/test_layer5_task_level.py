@@ -25,6 +25,7 @@ import denoising_experiment_proper as experiment
 import run_files
 import visualize_proper_results
 import visualize_training_data
+from command_line import replace_when_complete
 from conftest import ROOT, assert_refused, run_script, write_images
 from denoising_experiment_proper import NoisyImageDataset, load_model, noisy_splits, psnr, ssim
 from image_sources import load_images, read_image
@@ -691,7 +692,7 @@ def test_an_earlier_run_is_kept_under_another_name(call, folder):
 def test_links_are_followed(tmp_path):
     (tmp_path / "target.txt").write_text("old")
     (tmp_path / "link.txt").symlink_to(tmp_path / "target.txt")
-    with experiment.replace_when_complete(tmp_path / "link.txt") as temporary:
+    with replace_when_complete(tmp_path / "link.txt") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "target.txt").read_text() == "new"
@@ -711,7 +712,7 @@ def test_a_terminal_without_greek_is_no_obstacle(trained, tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), experiment.replace_when_complete(path) as temporary:
+    with pytest.raises(RuntimeError), replace_when_complete(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
