@@ -45,6 +45,7 @@ from denoising_experiment_proper import (
     load_for_evaluation,
     make_optimizer,
     noisy_splits,
+    recipe_options,
     result_line,
     training_step,
 )
@@ -473,14 +474,7 @@ def main():
         "dataset": source.name,
         "test_images": len(test_set),
         "steps": args.steps,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "loss": args.loss,
-        "optimizer": args.optimizer,
-        "noise_level": args.noise_level,
-        "lossless_share": args.lossless_share,
-        "flip": bool(args.flip),
-        "dtype": args.dtype,
+        **recipe_options(args),
     }
     rows = read_rows(output, recipe)
     done = {(row["variant"], row["seed"]) for row in rows}

@@ -274,10 +274,8 @@ def mosaic(images, tokens):
 
 def measure_tokens(images, effort, device, args):
     """The layer forward and backward on 1 sequence of growing length: one dict per length."""
-    variants, in_dtype = (
-        make_variants(device),
-        partial(autocast, device, getattr(torch, args.dtype)),
-    )
+    variants = make_variants(device)
+    in_dtype = partial(autocast, device, getattr(torch, args.dtype))
     peaks = {}
     for name in variants:
         lengths = [n for n in effort.tokens if name != "straightforward" or n <= MOST_GATHERED]
@@ -413,10 +411,10 @@ def main():
     if "tokens" in args.rows:
         images = next(train_set.shuffled_batches(256, args.seed, epoch=1))[0]
         results["tokens"] = measure_tokens(images, effort, device, args)
-    batch = next(train_set.shuffled_batches(args.batch_size, args.seed, epoch=1))[:2]
     for row, make in (("models", make_models), ("stages", make_stages)):
         if row in args.rows:
-            results[row] = measure_side_by_side(make(device), *batch, effort, args)
+            noisy, clean, _ = next(train_set.shuffled_batches(args.batch_size, args.seed, epoch=1))
+            results[row] = measure_side_by_side(make(device), noisy, clean, effort, args)
     with replace_when_complete(args.output) as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nwrote {args.output}")

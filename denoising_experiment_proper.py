@@ -937,6 +937,20 @@ def _resume(files, recipe, model, optimizer, scheduler):
     return state["progress"]
 
 
+def recipe_options(args):
+    """Those options of the command line that decide the result of any training, as plain values."""
+    return {
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "loss": args.loss,
+        "optimizer": args.optimizer,
+        "noise_level": args.noise_level,
+        "lossless_share": args.lossless_share,
+        "flip": bool(args.flip),
+        "dtype": args.dtype,
+    }
+
+
 def results_box(rows):
     """A framed table of (name, value) strings."""
     width = max(len(name) for name, _ in rows)
@@ -1005,16 +1019,9 @@ def run(args, device):
         "train_images": len(train_set),
         "val_images": len(val_set),
         "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "lr": args.lr,
-        "loss": args.loss,
-        "optimizer": args.optimizer,
-        "noise_level": args.noise_level,
-        "lossless_share": args.lossless_share,
         "seed": args.seed,
-        "dtype": args.dtype,
         "model": args.model,
-        "flip": bool(args.flip),
+        **recipe_options(args),
     }
     print(
         f"{source.name}: {len(train_set):,} training, {len(val_set):,} validation, "

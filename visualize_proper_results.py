@@ -120,19 +120,20 @@ def draw(model, dataset, indices, k_attend, title):
     return figure
 
 
-def psnr_against_noise(model, split):
+def psnr_against_noise(model, test_set):
     """Mean PSNR in dB of noisy and denoised images at NOISE_LEVELS.
 
     Args:
         model: SmallViT.
-        split: image_sources.Split.
+        test_set: NoisyImageDataset; its own σ does not matter.
 
     Returns:
         list of (σ, PSNR of the noisy images, PSNR of the denoised ones).
     """
+    split = test_set.split[:NOISE_LEVEL_IMAGES]
     rows = []
     for noise_level in NOISE_LEVELS:
-        dataset = NoisyImageDataset(split[:NOISE_LEVEL_IMAGES], noise_level, stream=2)
+        dataset = NoisyImageDataset(split, noise_level, test_set.stream)
         scores = [
             (psnr(x, target), psnr(y, target))
             for noisy, restored, clean, _ in denoise_batches(model, dataset)
@@ -186,7 +187,7 @@ def main():
     figure = draw(model, test_set, rank_images(result.psnr), model.config["k_attend"], title)
     with replace_when_complete(output) as path:
         figure.savefig(path, dpi=110)
-    levels = psnr_against_noise(model, test_set.split)
+    levels = psnr_against_noise(model, test_set)
     title = f"{source.name}, {min(len(test_set), NOISE_LEVEL_IMAGES):,} test images"
     figure = draw_noise_levels(levels, checkpoint["recipe"]["noise_level"], title)
     with replace_when_complete(curve) as path:
