@@ -1,7 +1,7 @@
 """Times layer, training and evaluation side by side with two yardsticks, and how the layer grows.
 
     python benchmark.py --dataset photos           # all rows, about a quarter of an hour
-    python benchmark.py --dataset photos --quick   # under a minute on 2 CPU cores
+    python benchmark.py --dataset photos --quick   # about a minute on 2 CPU cores
 
 The yardsticks are the straightforward implementation, which gathers the selected values (the
 oracle of the tests), and a vision transformer of the same width with ordinary dense attention.
@@ -364,7 +364,7 @@ def parse_args():
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="2 rounds, fewer images, at most 1,024 tokens: under a minute (default: no)",
+        help="2 rounds, fewer images, at most 1,024 tokens: about a minute (default: no)",
     )
     add_output(parser, "benchmark_results.json", "figures to write")
     return parser.parse_args()
