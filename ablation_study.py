@@ -40,6 +40,7 @@ from denoising_experiment_proper import (
     MODELS,
     NoisyImageDataset,
     SmallViT,
+    channels_last_on_cpu,
     count_parameters,
     evaluate,
     load_for_evaluation,
@@ -131,6 +132,7 @@ class DnCNN(nn.Module):
 
     def forward(self, noisy, return_routing=False):
         """As SmallViT, of which each image is the only token of the only expert."""
+        noisy = channels_last_on_cpu(noisy)
         return as_denoiser(self, noisy - self.noise(noisy), return_routing)
 
 
@@ -150,6 +152,7 @@ class UNet(nn.Module):
 
     def forward(self, noisy, return_routing=False):
         """As SmallViT, of which each image is the only token of the only expert."""
+        noisy = channels_last_on_cpu(noisy)
         fine = self.down1(noisy)
         coarse = self.down2(F.max_pool2d(fine, 2))
         x = self.up2(self.middle(F.max_pool2d(coarse, 2)))
@@ -215,6 +218,8 @@ VARIANTS = {
     "default initialisation, clamped": lambda: with_default_initialisation(ClampedViT()),
     "predicting the noise": vit(residual=True),
     "refined": vit(**MODELS["refined"]),
+    "refined, dense, one expert": vit(**MODELS["refined"] | {"k_attend": (64,)}),
+    "refined, four heads": vit(**MODELS["refined"] | {"num_heads": 4}),
     "U-Net": UNet,
     "DnCNN": DnCNN,
 }

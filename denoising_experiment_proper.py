@@ -227,16 +227,73 @@ class TransformerBlock(nn.Module):
         return x + self.ffn(self.norm2(x)), routing
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of every pixel.  [B, C, h, w] -> [B, C, h, w], same layout."""
+
+    def forward(self, x):
+        normed = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        return normed if channels_last else normed.contiguous()
+
+
 class ResidualConv(nn.Module):
-    """x + conv(GELU(conv(x))), 3×3; starts as the identity.  [B, C, h, w] -> [B, C, h, w]."""
+    """x + conv(GELU(conv(norm(x)))), 3×3; starts as the identity.  [B, C, h, w] -> [B, C, h, w]."""
 
     def __init__(self, channels):
         super().__init__()
+        self.norm = LayerNorm2d(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = zeroed(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x):
-        return x + self.conv2(F.gelu(self.conv1(x)))
+        return x + self.conv2(F.gelu(self.conv1(self.norm(x))))
+
+
+class NAFBlock(nn.Module):
+    """A gated depthwise convolution with channel attention, then a gated feed-forward network.
+
+    The block of NAFNet ("Simple Baselines for Image Restoration", Chen et al. 2022), where each
+    half starts as the identity by a learned scale of zero; here its last layer is zero. Channel
+    attention is the simplified one, linear in the mean over the image, whatever the image's size.
+    [B, C, h, w] -> [B, C, h, w].
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm1, self.norm2 = LayerNorm2d(channels), LayerNorm2d(channels)
+        self.widen = nn.Conv2d(channels, 2 * channels, 1)
+        self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels)
+        self.attention = nn.Conv2d(channels, channels, 1)
+        self.project = zeroed(nn.Conv2d(channels, channels, 1))
+        self.ffn = nn.ModuleList(
+            (nn.Conv2d(channels, 2 * channels, 1), zeroed(nn.Conv2d(channels, channels, 1)))
+        )
+
+    def forward(self, x):
+        gated = gate(self.depthwise(self.widen(self.norm1(x))))
+        gated = gated * self.attention(gated.mean((2, 3), keepdim=True))
+        x = x + self.project(gated)
+        return x + self.ffn[1](gate(self.ffn[0](self.norm2(x))))
+
+
+def gate(x):
+    """The product of the two halves of the channels.  [B, 2C, h, w] -> [B, C, h, w]."""
+    left, right = x.chunk(2, dim=1)
+    return left * right
+
+
+def channels_last_on_cpu(image):
+    """The image in the layout in which a CPU's convolutions are faster and tokens need no copy."""
+    if image.device.type == "cpu":
+        return image.contiguous(memory_format=torch.channels_last)
+    return image
+
+
+def conv_stages(channels, depth):
+    """`depth` NAF blocks for each resolution; at the full one, where a CPU is slow at depthwise
+    convolutions, a dense residual pair."""
+    naf = (nn.Sequential(*(NAFBlock(c) for _ in range(depth))) for c in channels[1:])
+    return nn.ModuleList([ResidualConv(channels[0]), *naf])
 
 
 class ConvEncoder(nn.Module):
@@ -246,19 +303,17 @@ class ConvEncoder(nn.Module):
     [B, channels[l], h / 2^l, w / 2^l], from fine to coarse.
     """
 
-    def __init__(self, in_channels, channels, d_model):
+    def __init__(self, in_channels, channels, depth, d_model):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.stages = nn.ModuleList(ResidualConv(c) for c in channels)
+        self.stages = conv_stages(channels, depth)
         self.downs = nn.ModuleList(
             nn.Conv2d(c, coarser, 2, stride=2)
             for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
         )
 
     def forward(self, image):
-        if image.device.type == "cpu":  # a tenth faster there, and tokens need no copy
-            image = image.contiguous(memory_format=torch.channels_last)
-        x, features = self.stem(image), []
+        x, features = self.stem(channels_last_on_cpu(image)), []
         for stage, down in zip(self.stages, self.downs, strict=True):
             features.append(stage(x))
             x = down(features[-1])
@@ -268,13 +323,13 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """Tokens to image, the mirror of ConvEncoder: its feature maps are added on the way."""
 
-    def __init__(self, out_channels, channels, d_model):
+    def __init__(self, out_channels, channels, depth, d_model):
         super().__init__()
         self.ups = nn.ModuleList(
             nn.ConvTranspose2d(coarser, c, 2, stride=2)
             for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
         )
-        self.stages = nn.ModuleList(ResidualConv(c) for c in channels)
+        self.stages = conv_stages(channels, depth)
         self.head = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
     def forward(self, x, features):
@@ -307,6 +362,7 @@ class SmallViT(nn.Module):
         channels: feature channels of a convolutional encoder and decoder, from full resolution
             down, in place of the linear patch embedding and un-embedding; patch_size has to be
             2 to the power of their number. Empty: no convolutions.
+        depths: NAF blocks at each of their coarser resolutions: of the encoder, of the decoder.
         residual: the model predicts the difference to the noisy image.
 
     Raises:
@@ -325,6 +381,7 @@ class SmallViT(nn.Module):
         k_attend=(32, 64, 128),
         dropout=0.0,
         channels=(),
+        depths=(1, 2),
         residual=False,
     ):
         super().__init__()
@@ -340,8 +397,9 @@ class SmallViT(nn.Module):
                 f"got patch_size={patch_size}"
             )
         self.grid = image_size // patch_size
+        encoder_depth, decoder_depth = depths
         if channels:
-            self.encoder = ConvEncoder(in_channels, channels, d_model)
+            self.encoder = ConvEncoder(in_channels, channels, encoder_depth, d_model)
         else:
             self.patch_embed = nn.Conv2d(in_channels, d_model, patch_size, stride=patch_size)
         self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
@@ -349,7 +407,7 @@ class SmallViT(nn.Module):
             TransformerBlock(d_model, num_heads, d_ff, k_attend, dropout) for _ in range(num_layers)
         )
         if channels:
-            self.decoder = ConvDecoder(in_channels, channels, d_model)
+            self.decoder = ConvDecoder(in_channels, channels, decoder_depth, d_model)
         else:
             self.patch_unembed = nn.ConvTranspose2d(d_model, in_channels, patch_size, patch_size)
         # Every block starts as the identity. Otherwise near-uniform attention adds the mean of all
@@ -417,7 +475,7 @@ class SmallViT(nn.Module):
 # `--model`: arguments of SmallViT.
 MODELS = {
     "published": {},
-    "refined": {"d_model": 112, "d_ff": 224, "channels": (16, 48), "residual": True},
+    "refined": {"d_model": 96, "num_heads": 2, "channels": (16, 64), "residual": True},
 }
 
 
@@ -676,8 +734,8 @@ def make_optimizer(model, lr, name="adamw"):
         name: "adamw", as published, all parameters in one fused step; or "muon", which
             orthogonalises the momentum of weight matrices and convolution kernels (Jordan et al.
             2024), scaled so that a learning rate means what it means to AdamW (Liu et al. 2025).
-            Parameters with fewer than 4 rows or columns, such as biases, get AdamW with Nesterov
-            momentum (NAdamW).
+            Parameters with fewer than 4 rows or columns, such as biases, the position embedding and
+            depthwise kernels get AdamW with Nesterov momentum (NAdamW).
     """
     if name == "muon":
         from timm.optim import Muon  # a slow import, which other runs are spared
@@ -737,7 +795,7 @@ def training_step(
         optimizer: of its parameters.
         noisy, clean: [B, 3, h, w] on the model's device.
         batch_size: images of all processes together; default B.
-        dtype: bfloat16 runs matrix products under autocast; weights, residual stream and losses
+        dtype: bfloat16 runs matrix products under autocast; weights, tokens and losses
             stay in float32.
         loss: "mse", or "psnr": minus the mean PSNR of the images in dB, times PSNR_WEIGHT; PSNR_EPS
             is added to each image's MSE (HINet, Chen et al. 2021).

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ablation_study import DnCNN, UNet
 from adaptive_attention_moe import (
     AdaptiveAttentionMoE,
     SparseAttentionExpert,
@@ -10,7 +11,7 @@ from adaptive_attention_moe import (
     load_balancing_loss,
     topk_attention,
 )
-from denoising_experiment_proper import MODELS, SmallViT, count_parameters
+from denoising_experiment_proper import MODELS, SmallViT, conv_stages, count_parameters
 
 
 @pytest.mark.parametrize("k_attend", [1, 5, 7, 100])
@@ -112,7 +113,7 @@ def test_gradients_reach_every_parameter(vit):
 
 
 def test_refined_model_keeps_the_budget_and_starts_as_the_identity(refined):
-    assert count_parameters(SmallViT(**MODELS["refined"])) == 593_817 < 599_689
+    assert count_parameters(SmallViT(**MODELS["refined"])) == 517_417 < 599_689
     noisy = torch.rand(2, 3, 32, 32)
     fresh = SmallViT(**MODELS["refined"]).eval()
     assert torch.equal(fresh(noisy), noisy)
@@ -120,9 +121,30 @@ def test_refined_model_keeps_the_budget_and_starts_as_the_identity(refined):
     tokens, features = refined.encoder(noisy)
     for feature in (tokens, *features):
         assert feature.is_contiguous(memory_format=torch.channels_last)
+    assert refined.decoder(tokens, features).is_contiguous(memory_format=torch.channels_last)
     assert image.shape == (2, 3, 32, 32) and not torch.equal(image, noisy)
     assert [r.shape for r in routings] == [(2, 64, 3)] * 2
     assert refined(torch.rand(1, 3, 48, 20)).shape == (1, 3, 48, 20)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_stages_of_the_encoder_start_as_the_identity(level):
+    x = torch.rand(2, 8, 6, 4)
+    assert torch.equal(conv_stages((8, 8), depth=2)[level](x), x)
+
+
+@pytest.mark.parametrize("denoiser", [UNet(channels=4), DnCNN(depth=3, channels=4)])
+def test_conventional_denoisers_compute_in_the_fast_layout(denoiser):
+    layouts = []
+
+    def note(layer, inputs, output):
+        layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+
+    for layer in denoiser.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(note)
+    denoiser(torch.rand(2, 3, 8, 8))
+    assert layouts and all(layouts)
 
 
 def test_gradients_reach_every_parameter_of_the_refined_model(refined):
@@ -137,8 +159,8 @@ def test_decoder_sees_every_resolution_of_the_encoder(refined):
     """The skips: what a stage of the encoder makes reaches the output past the tokens."""
     noisy = torch.rand(1, 3, 32, 32)
     _, features = refined.embed(noisy)
-    assert [f.shape[1:] for f in features] == [(16, 32, 32), (48, 16, 16)]
-    x = torch.zeros(1, 112, 8, 8)
+    assert [f.shape[1:] for f in features] == [(16, 32, 32), (64, 16, 16)]
+    x = torch.zeros(1, 96, 8, 8)
     plain = refined.decoder(x, features)
     for level in range(2):
         changed = [f + (i == level) for i, f in enumerate(features)]

@@ -12,6 +12,7 @@ from adaptive_attention_moe import (
     topk_attention,
 )
 from conftest import Recorder
+from denoising_experiment_proper import NAFBlock
 from oracle import gather_attention, loop_attention, straightforward_expert, straightforward_moe
 
 
@@ -238,3 +239,37 @@ def test_dense_path_is_the_library_call(seeded):
     query, key, value = random_qkv(1, 2, 10, 6)
     expected = F.scaled_dot_product_attention(query, key, value)
     assert torch.equal(topk_attention(query, key, value, 10), expected)
+
+
+def test_naf_block_against_its_definition(seeded):
+    block = NAFBlock(3).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_()
+    image = torch.randn(3, 4, 5, dtype=torch.float64)
+
+    def norm(layer, x):
+        x = (x - x.mean(0)) / (x.var(0, unbiased=False) + layer.eps).sqrt()
+        return layer.weight[:, None, None] * x + layer.bias[:, None, None]
+
+    def pointwise(layer, x):
+        return torch.einsum("oi,ihw->ohw", layer.weight[:, :, 0, 0], x) + layer.bias[:, None, None]
+
+    def depthwise(layer, x):
+        padded = F.pad(x, (1, 1, 1, 1))
+        shifts = [
+            (dy, dx, padded[:, dy : dy + 4, dx : dx + 5]) for dy in range(3) for dx in range(3)
+        ]
+        total = sum(layer.weight[:, 0, dy, dx, None, None] * part for dy, dx, part in shifts)
+        return total + layer.bias[:, None, None]
+
+    h = depthwise(block.depthwise, pointwise(block.widen, norm(block.norm1, image)))
+    h = h[:3] * h[3:]
+    h = h * pointwise(block.attention, h.mean((1, 2), keepdim=True))
+    expected = image + pointwise(block.project, h)
+    h = pointwise(block.ffn[0], norm(block.norm2, expected))
+    expected = expected + pointwise(block.ffn[1], h[:3] * h[3:])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        output = block(image[None].contiguous(memory_format=layout))
+        assert torch.allclose(output[0], expected, atol=1e-12)
+        assert output.is_contiguous(memory_format=layout)

@@ -27,7 +27,14 @@ import visualize_proper_results
 import visualize_training_data
 from command_line import replace_when_complete
 from conftest import ROOT, assert_refused, run_script, write_images
-from denoising_experiment_proper import NoisyImageDataset, load_model, noisy_splits, psnr, ssim
+from denoising_experiment_proper import (
+    NoisyImageDataset,
+    SmallViT,
+    load_model,
+    noisy_splits,
+    psnr,
+    ssim,
+)
 from image_sources import load_images, read_image
 
 SHORT = ("--epochs", 1, "--batch-size", 16)
@@ -99,6 +106,20 @@ def test_load_model_gives_the_model_that_was_tested(trained, photos):
     assert not model.training
     result = experiment.evaluate(model, noisy_splits(photos, 0.2)[2])
     assert result.psnr.mean() == pytest.approx(trained.checkpoint["test"]["psnr_mean"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("best_denoising_model_proper.pt", "published"),
+        ("best_denoising_model_refined.pt", "refined"),
+    ],
+)
+def test_shipped_checkpoints_are_the_models_of_the_options_and_denoise(photos, name, model):
+    """On photographs that neither has seen; a model trained on their like has 23.8 dB."""
+    shipped = load_model(ROOT / name)
+    assert shipped.config == SmallViT(**experiment.MODELS[model]).config
+    assert experiment.evaluate(shipped, noisy_splits(photos, 0.2)[2]).psnr.mean() > 26
 
 
 def test_metrics_are_those_of_the_definitions(photos):
@@ -262,7 +283,7 @@ def test_refined_model_on_a_range_of_noise(call, folder):
     checkpoint = torch.load("m.pt", weights_only=True)
     assert checkpoint["recipe"]["noise_level"] == [0.1, 0.3]
     assert checkpoint["recipe"]["model"] == "refined" and checkpoint["recipe"]["flip"] is True
-    assert load_model("m.pt").config["channels"] == (16, 48)
+    assert load_model("m.pt").config["channels"] == (16, 64)
     assert call(debug_evaluation, "--dataset", folder, "--checkpoint", "m.pt").returncode == 0
     process = call(compare_baselines, "--dataset", folder, "--checkpoint", "m.pt")
     assert "σ = 0.2" in process.stdout  # the middle

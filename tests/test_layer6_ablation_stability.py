@@ -219,15 +219,17 @@ def test_muon_turns_the_momentum_of_matrices_and_kernels_into_orthogonal_steps(s
         values = torch.linalg.svdvals(steps[name])
         scale = 1e-2 * 0.2 * max(steps[name].shape) ** 0.5  # a root mean square of 0.2 lr
         assert 0.7 * scale < values.quantile(0.1) and values.max() < 1.3 * scale
-    for name in ("encoder.stages.1.conv1.weight", "decoder.ups.1.weight"):
+    for name in ("encoder.downs.1.weight", "decoder.ups.1.weight"):
         values = torch.linalg.svdvals(steps[name].flatten(1))
         assert values.min() > 0.7 * values.max()
     rest = [
         n for n, p in model.named_parameters() if "exp_avg" in optimizer.state[p] and p.ndim > 1
     ]
     assert rest == [
-        *("position", "blocks.0.attention.router.mlp.2.weight"),
-        *("blocks.1.attention.router.mlp.2.weight", "decoder.head.weight"),
+        *("position", "encoder.stages.1.0.depthwise.weight"),
+        *(f"blocks.{i}.attention.router.mlp.2.weight" for i in range(2)),
+        *(f"decoder.stages.1.{i}.depthwise.weight" for i in range(2)),
+        "decoder.head.weight",
     ]
     step = steps["position"] * torch.sign(model.position.grad)
     assert step.min() > 0.9 * step.max() > 0
