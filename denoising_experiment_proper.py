@@ -290,8 +290,10 @@ def channels_last_on_cpu(image):
 
 
 def conv_stages(channels, depth):
-    """`depth` NAF blocks for each resolution; at the full one, where a CPU is slow at depthwise
-    convolutions, a dense residual pair."""
+    """`depth` NAF blocks for each coarser resolution, after a dense residual pair for the full one.
+
+    At full resolution a NAF block takes a CPU longer than the pair.
+    """
     naf = (nn.Sequential(*(NAFBlock(c) for _ in range(depth))) for c in channels[1:])
     return nn.ModuleList([ResidualConv(channels[0]), *naf])
 
