@@ -44,6 +44,7 @@ from data_parallel import (
     world_size,
 )
 from image_sources import Split, load_images
+from muon import Muon
 from run_files import RunFiles, StopRequest, save_atomically, write_history
 
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss, per block
@@ -740,9 +741,7 @@ def make_optimizer(model, lr, name="adamw"):
             depthwise kernels get AdamW with Nesterov momentum (NAdamW).
     """
     if name == "muon":
-        from timm.optim import Muon  # a slow import, which other runs are spared
-
-        return Muon(model.parameters(), lr, weight_decay=WEIGHT_DECAY, nesterov=True)
+        return Muon(model.parameters(), lr, weight_decay=WEIGHT_DECAY)
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY, fused=True)
 
 

@@ -1,0 +1,94 @@
+"""Muon, in which all matrices of a shape take their step together."""
+
+from collections import defaultdict
+
+import torch
+
+# of the Newton–Schulz iterations, optimised by Cesista, You and Jordan 2025,
+# https://leloykun.github.io/ponder/muon-opt-coeffs
+COEFFICIENTS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+class Muon(torch.optim.AdamW):
+    """Steps along the orthogonalised momentum of weight matrices; all else gets AdamW.
+
+    Momentum M of a weight matrix [m, n], or of a convolution kernel taken as [out, in·h·w], becomes
+    the orthogonal matrix nearest to it, U Vᵀ of its singular value decomposition, by an iteration
+    (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"). Its entries are
+    scaled by 0.2 √max(m, n), so that learning rate and weight decay mean what they mean to AdamW
+    (Liu et al. 2025, "Muon is Scalable for LLM Training").
+
+    The Muon of torch and that of timm take one matrix after the other. A small model has dozens of
+    equal shape and spends most of such a step on starting operations; here they are one batch.
+
+    Args:
+        params: parameters. Those with at least 4 rows and columns are matrices; depthwise kernels,
+            biases, scales and embeddings [1, ...] are not.
+        lr: learning rate of both.
+        weight_decay: decoupled, of both.
+        momentum: of the matrices, Nesterov's.
+        betas: of AdamW.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95)):
+        matrices, others = [], []
+        for p in params:
+            (matrices if is_matrix(p) else others).append(p)
+        groups = [{"params": others}, {"params": matrices, "momentum": momentum}]
+        super().__init__(groups, lr, betas, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self):
+        """One step of every parameter with a gradient. The matrices' gradients are dropped."""
+        group = self.param_groups[1]
+        by_shape = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape[p.flatten(1).shape].append(p)
+        for shape, matrices in by_shape.items():
+            gradients = torch.stack([p.grad.flatten(1) for p in matrices])
+            momenta = torch.stack([self._momentum_of(p) for p in matrices])
+            momenta.lerp_(gradients, 1 - group["momentum"])
+            updates = orthogonalised(gradients.lerp_(momenta, group["momentum"]))
+            updates.mul_(group["lr"] * 0.2 * max(shape) ** 0.5)
+            for p, momentum, update in zip(matrices, momenta, updates, strict=True):
+                self.state[p]["momentum_buffer"].copy_(momentum)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.reshape(p.shape))
+                p.grad = None  # AdamW passes over it
+        super().step()
+
+    def _momentum_of(self, p):
+        if not self.state[p]:  # AdamW reads the number of steps when a state is loaded
+            zeros = p.new_zeros(p.flatten(1).shape)
+            self.state[p] = {"momentum_buffer": zeros, "step": p.new_zeros(())}
+        return self.state[p]["momentum_buffer"]
+
+
+def is_matrix(parameter):
+    """Whether Muon orthogonalises it."""
+    return (
+        parameter.ndim >= 2
+        and min(parameter.shape[:2]) > 1
+        and min(parameter.flatten(1).shape) >= 4
+    )
+
+
+def orthogonalised(matrices):
+    """The orthogonal matrices nearest to them, to within about 30 %.  [n, rows, columns] -> same.
+
+    Newton–Schulz iterations x -> a x + b x xᵀ x + c (x xᵀ)² x, which bring all singular values but
+    those below about 1e-3 of the norm close to 1.
+    """
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in COEFFICIENTS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
