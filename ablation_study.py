@@ -27,6 +27,7 @@ from tqdm import tqdm
 from adaptive_attention_moe import AdaptiveAttentionMoE
 from command_line import (
     UserError,
+    add_noise_level,
     add_output,
     check_writable,
     make_parser,
@@ -45,12 +46,14 @@ from denoising_experiment_proper import (
     evaluate,
     load_for_evaluation,
     make_optimizer,
+    noise_text,
     noisy_splits,
     recipe_options,
     result_line,
     training_step,
 )
 from image_sources import load_images
+from visualize_proper_results import psnr_against_noise
 
 QUICK = {"steps": 60, "seeds": [0], "test_images": 256}
 
@@ -265,6 +268,7 @@ def measure(name, seed, train_set, test_set, args):
     model, errors = train_variant(name, seed, train_set, args)
     seconds = time.perf_counter() - started
     result = evaluate(model, test_set)
+    ranged = isinstance(args.noise_level, list)
     row = {
         "variant": name,
         "seed": seed,
@@ -275,6 +279,7 @@ def measure(name, seed, train_set, test_set, args):
         "plateau_steps": steps_to_leave_the_plateau(errors),
         "train_seconds": seconds,
         "utilisation": result.utilisation.tolist(),
+        "noise_levels": psnr_against_noise(model, test_set) if ranged else [],
     }
     if isinstance(model, SmallViT) and len(model.config["k_attend"]) > 1:
         with first_choice(model):
@@ -283,7 +288,10 @@ def measure(name, seed, train_set, test_set, args):
 
 
 def summarise(rows):
-    """One dict per variant: parameters, seeds, (mean, std) of each figure, steps on the plateau."""
+    """One dict per variant: parameters, seeds, (mean, std) of each figure, steps on the plateau.
+
+    After a training on a range of σ, its noise_levels are the means of `psnr_against_noise`.
+    """
     summary = []
     for name in VARIANTS:
         of_variant = [row for row in rows if row["variant"] == name]
@@ -299,12 +307,14 @@ def summarise(rows):
                     None if None in values else (float(np.mean(values)), float(np.std(values)))
                 )
             entry["plateau_steps"] = [row["plateau_steps"] for row in of_variant]
+            levels = [row["noise_levels"] for row in of_variant]
+            entry["noise_levels"] = np.mean(levels, 0).tolist()
             summary.append(entry)
     return summary
 
 
 def markdown(summary, recipe):
-    """The results as a Markdown table."""
+    """The results as Markdown: a table and, after a training on a range of σ, one of its σ."""
     options = ", ".join(f"{name} {value}" for name, value in recipe.items())
     lines = [
         f"{options}; mean ± standard deviation over seeds.",
@@ -324,6 +334,17 @@ def markdown(summary, recipe):
             f"| {'–' if choice is None else f'{choice[0]:.2f} ± {choice[1]:.2f}'} "
             f"| {' to '.join(dict.fromkeys(steps))} |"
         )
+    if summary[0]["noise_levels"]:
+        levels, noisy, _ = zip(*summary[0]["noise_levels"], strict=True)
+        lines += [
+            "",
+            f"| PSNR (dB) at σ = | {' | '.join(f'{level:.2f}' for level in levels)} |",
+            f"|---|{'---|' * len(levels)}",
+            f"| noisy | {' | '.join(f'{value:.2f}' for value in noisy)} |",
+        ]
+        for entry in summary:
+            denoised = (f"{value:.2f}" for _, _, value in entry["noise_levels"])
+            lines.append(f"| {entry['variant']} | {' | '.join(denoised)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -341,7 +362,8 @@ def draw(summary, recipe):
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(alpha=0.3)
     axis.set_xlabel("test PSNR (dB); red crosses: each token uses its first-choice expert alone")
-    axis.set_title(f"{recipe['dataset']}, {recipe['steps']:,} steps, σ = {recipe['noise_level']:g}")
+    noise = noise_text(recipe["noise_level"])
+    axis.set_title(f"{recipe['dataset']}, {recipe['steps']:,} steps, {noise}")
     return figure
 
 
@@ -417,9 +439,10 @@ def parse_args():
     parser = make_parser(
         "Trains variants of the model under one recipe and compares them. Goes on where an "
         "earlier run with the same --output stopped.",
-        *("dataset", "data-dir", "batch-size", "lr", "noise-level", "device", "threads", "dtype"),
+        *("dataset", "data-dir", "batch-size", "lr", "device", "threads", "dtype"),
         *("loss", "optimizer", "lossless-share", "flip"),
     )
+    add_noise_level(parser)
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",

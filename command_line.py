@@ -135,6 +135,27 @@ def make_parser(description, *options):
     return parser
 
 
+class _NoiseLevel(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2 or values[0] > values[-1]:
+            raise argparse.ArgumentError(self, "must be one σ, or two in ascending order")
+        setattr(namespace, self.dest, values if len(values) == 2 else values[0])
+
+
+def add_noise_level(parser):
+    """The option --noise-level of scripts that train: a σ, or a range of it as a list."""
+    parser.add_argument(
+        "--noise-level",
+        type=number(float, 0),
+        nargs="+",
+        action=_NoiseLevel,
+        default=0.2,
+        metavar="SIGMA",
+        help="standard deviation σ of the Gaussian noise, for pixel values in [0, 1]; two values "
+        "are a range, from which every image draws its own (default: %(default)s)",
+    )
+
+
 def add_output(parser, default, what):
     """The option --output, with the same words in every script."""
     parser.add_argument(

@@ -26,9 +26,9 @@ from adaptive_attention_moe import AdaptiveAttentionMoE, load_balancing_loss
 from command_line import (
     CHECKPOINT,
     UserError,
+    add_noise_level,
     add_output,
     make_parser,
-    number,
     run_main,
     select_device,
 )
@@ -1029,15 +1029,7 @@ def parse_args():
         *("dataset", "data-dir", "epochs", "batch-size", "lr", "seed", "device", "threads"),
         *("dtype", "compile", "loss", "optimizer", "flip", "lossless-share"),
     )
-    parser.add_argument(
-        "--noise-level",
-        type=number(float, 0),
-        nargs="+",
-        default=[0.2],
-        metavar="SIGMA",
-        help="standard deviation σ of the Gaussian noise, for pixel values in [0, 1]; two values "
-        "are a range, from which every image draws its own (default: 0.2)",
-    )
+    add_noise_level(parser)
     add_output(parser, CHECKPOINT, "checkpoint to write")
     parser.add_argument(
         "--model",
@@ -1049,12 +1041,7 @@ def parse_args():
     parser.add_argument(
         "--resume", action="store_true", help="go on with the interrupted run of the same --output"
     )
-    args = parser.parse_args()
-    low, *high = args.noise_level
-    if len(high) > 1 or (high and high[0] < low):
-        parser.error("argument --noise-level: must be one σ, or two in ascending order")
-    args.noise_level = [low, *high] if high else low
-    return args
+    return parser.parse_args()
 
 
 def main():
@@ -1080,6 +1067,7 @@ def run(args, device):
         "epochs": args.epochs,
         "seed": args.seed,
         "model": args.model,
+        "parameters": count_parameters(model),
         **recipe_options(args),
     }
     print(

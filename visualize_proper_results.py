@@ -37,7 +37,7 @@ from run_files import check_picture
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
 PERCENTILES = (5, 23, 41, 59, 77, 95)
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
-NOISE_LEVEL_IMAGES = 1000  # at most, the first of the test set
+NOISE_LEVEL_IMAGES = 1024  # at most, the first of the test set
 
 
 def rank_images(psnrs):

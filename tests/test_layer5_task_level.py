@@ -325,6 +325,22 @@ def test_ablation_study_trains_every_variant(study):
         assert picture.size[0] > 500
 
 
+def test_ablation_study_tests_a_range_of_noise_at_each_level(study):
+    names = ("published", "U-Net")
+    process = study("--noise-level", 0.1, 0.3, "--variants", *names)
+    assert process.returncode == 0, process.stderr
+    results = json.loads(Path("ablation_study.json").read_text())
+    levels = {row["variant"]: row["noise_levels"] for row in results["rows"]}
+    lines = [line.strip("| ").split(" | ") for line in process.stdout.splitlines()]
+    table = {name: [float(v) for v in values] for name, *values in lines if len(values) == 7}
+    header, noisy, *denoised = table.values()
+    assert tuple(header) == visualize_proper_results.NOISE_LEVELS
+    assert noisy == sorted(noisy, reverse=True) and noisy[0] > noisy[-1] + 10
+    for name, values in zip(names, denoised, strict=True):
+        assert values == [round(after, 2) for _, _, after in levels[name]]
+        assert len(set(values)) == 7
+
+
 def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
     trained = []
     original = ablation_study.train_variant

@@ -229,7 +229,8 @@ def test_muon_turns_the_momentum_of_matrices_and_kernels_into_orthogonal_steps(s
     ]
     for name, step in steps.items():
         if step.ndim == 1 or name in rest:
-            torch.testing.assert_close(step, 1e-2 * gradients[name].sign(), rtol=1e-3, atol=1e-6)
+            clear = gradients[name].abs() > 1e-4  # others are near AdamW's ε
+            assert (step / gradients[name].sign() / 1e-2 - 1)[clear].abs().max() < 1e-3, name
             continue
         u, values, v = torch.linalg.svd(gradients[name].flatten(1), full_matrices=False)
         scale = 1e-2 * 0.2 * max(u.shape[0], v.shape[1]) ** 0.5  # a root mean square of 0.2 lr
