@@ -384,7 +384,7 @@ class SmallViT(nn.Module):
         k_attend=(32, 64, 128),
         dropout=0.0,
         channels=(),
-        depths=(1, 2),
+        depths=(2, 3),
         residual=False,
     ):
         super().__init__()
@@ -478,7 +478,7 @@ class SmallViT(nn.Module):
 # `--model`: arguments of SmallViT.
 MODELS = {
     "published": {},
-    "refined": {"d_model": 96, "num_heads": 2, "channels": (16, 64), "residual": True},
+    "refined": {"d_model": 64, "num_heads": 2, "channels": (16, 64), "residual": True},
 }
 
 

@@ -222,9 +222,10 @@ def test_muon_turns_the_momentum_of_matrices_and_kernels_into_orthogonal_steps(s
         n for n, p in model.named_parameters() if "exp_avg" in optimizer.state[p] and p.ndim > 1
     ]
     assert rest == [
-        *("position", "encoder.stages.1.0.depthwise.weight"),
+        "position",
+        *(f"encoder.stages.1.{i}.depthwise.weight" for i in range(2)),
         *(f"blocks.{i}.attention.router.mlp.2.weight" for i in range(2)),
-        *(f"decoder.stages.1.{i}.depthwise.weight" for i in range(2)),
+        *(f"decoder.stages.1.{i}.depthwise.weight" for i in range(3)),
         "decoder.head.weight",
     ]
     for name, step in steps.items():
