@@ -417,13 +417,14 @@ def read_rows(output, recipe):
     """Rows of an earlier run of the same recipe.
 
     Raises:
-        UserError: the file is of another recipe, or none of this script.
+        UserError: the file is of another recipe or of other variants, or none of this script.
     """
     if not output.exists():
         return []
     try:
         earlier = json.loads(output.read_text())
         rows, before = earlier["rows"], earlier["recipe"]
+        variants = {row["variant"]: (row["parameters"], row["noise_levels"]) for row in rows}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{output} is no result of this script; name another --output") from None
     for name, value in recipe.items():
@@ -431,6 +432,12 @@ def read_rows(output, recipe):
             raise UserError(
                 f"{output} holds a study with {name} {before.get(name)}, this one has {value}; "
                 "repeat its options to go on with it, or name another --output"
+            )
+    for name, (parameters, _) in variants.items():
+        if name not in VARIANTS or count_parameters(VARIANTS[name]()) != parameters:
+            raise UserError(
+                f"{output} holds {name!r} with {parameters:,} parameters, which this version of "
+                "the script does not train; name another --output"
             )
     return rows
 

@@ -360,6 +360,23 @@ def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
     assert_refused(process, "lr 0.001, this one has 0.5", "--output")
 
 
+@pytest.mark.parametrize(
+    ("replaced", "by", "message"),
+    [
+        ('"parameters": 599689', '"parameters": 7', "'published' with 7 parameters"),
+        ('"variant": "published"', '"variant": "older"', "'older' with 599,689 parameters"),
+        ('"noise_levels"', '"levels"', "no result of this script"),
+    ],
+)
+def test_ablation_study_refuses_rows_of_other_variants(study, replaced, by, message):
+    assert study("--variants", "published").returncode == 0
+    output = Path("ablation_study.json")
+    output.write_text(output.read_text().replace(replaced, by))
+    written = output.read_bytes()
+    assert_refused(study("--variants", "published"), message, "--output")
+    assert output.read_bytes() == written
+
+
 def test_parts_of_a_trained_model_are_replaced(trained, call):
     process = call(ablation_study, "--checkpoint", trained.path / "model.pt", "--dataset", "photos")
     assert process.returncode == 0, process.stderr
