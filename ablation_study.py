@@ -222,7 +222,6 @@ VARIANTS = {
     "predicting the noise": vit(residual=True),
     "refined": vit(**MODELS["refined"]),
     "refined, dense, one expert": vit(**MODELS["refined"] | {"k_attend": (64,)}),
-    "refined, four heads": vit(**MODELS["refined"] | {"num_heads": 4}),
     "U-Net": UNet,
     "DnCNN": DnCNN,
 }

@@ -251,12 +251,11 @@ class ResidualConv(nn.Module):
 
 
 class NAFBlock(nn.Module):
-    """A gated depthwise convolution with channel attention, then a gated feed-forward network.
+    """A gated depthwise convolution, then a gated feed-forward network.  [B, C, h, w] -> same.
 
-    The block of NAFNet ("Simple Baselines for Image Restoration", Chen et al. 2022), where each
-    half starts as the identity by a learned scale of zero; here its last layer is zero. Channel
-    attention is the simplified one, linear in the mean over the image, whatever the image's size.
-    [B, C, h, w] -> [B, C, h, w].
+    The block of NAFNet ("Simple Baselines for Image Restoration", Chen et al. 2022) without its
+    channel attention. There, each half starts as the identity by a learned scale of zero; here its
+    last layer is zero.
     """
 
     def __init__(self, channels):
@@ -264,16 +263,13 @@ class NAFBlock(nn.Module):
         self.norm1, self.norm2 = LayerNorm2d(channels), LayerNorm2d(channels)
         self.widen = nn.Conv2d(channels, 2 * channels, 1)
         self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels)
-        self.attention = nn.Conv2d(channels, channels, 1)
         self.project = zeroed(nn.Conv2d(channels, channels, 1))
         self.ffn = nn.ModuleList(
             (nn.Conv2d(channels, 2 * channels, 1), zeroed(nn.Conv2d(channels, channels, 1)))
         )
 
     def forward(self, x):
-        gated = gate(self.depthwise(self.widen(self.norm1(x))))
-        gated = gated * self.attention(gated.mean((2, 3), keepdim=True))
-        x = x + self.project(gated)
+        x = x + self.project(gate(self.depthwise(self.widen(self.norm1(x)))))
         return x + self.ffn[1](gate(self.ffn[0](self.norm2(x))))
 
 
@@ -290,17 +286,13 @@ def channels_last_on_cpu(image):
     return image
 
 
-def conv_stages(channels, depth):
-    """`depth` NAF blocks for each coarser resolution, after a dense residual pair for the full one.
-
-    At full resolution a NAF block takes a CPU longer than the pair.
-    """
-    naf = (nn.Sequential(*(NAFBlock(c) for _ in range(depth))) for c in channels[1:])
-    return nn.ModuleList([ResidualConv(channels[0]), *naf])
+def naf_stages(channels, depth):
+    """`depth` NAF blocks for each of these numbers of channels."""
+    return [nn.Sequential(*(NAFBlock(c) for _ in range(depth))) for c in channels]
 
 
 class ConvEncoder(nn.Module):
-    """Image to tokens in steps of 2, with a look at the neighbours at every resolution.
+    """Image to tokens in steps of 2: a stem at full resolution, NAF blocks at the coarser ones.
 
     [B, in_channels, h, w] -> [B, D, h / 2^L, w / 2^L] and the L feature maps on the way,
     [B, channels[l], h / 2^l, w / 2^l], from fine to coarse.
@@ -309,7 +301,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, in_channels, channels, depth, d_model):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.stages = conv_stages(channels, depth)
+        self.stages = nn.ModuleList([nn.Identity(), *naf_stages(channels[1:], depth)])
         self.downs = nn.ModuleList(
             nn.Conv2d(c, coarser, 2, stride=2)
             for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
@@ -324,7 +316,10 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Tokens to image, the mirror of ConvEncoder: its feature maps are added on the way."""
+    """Tokens to image, the mirror of ConvEncoder: its feature maps are added on the way.
+
+    At full resolution stands a dense residual pair, which takes a CPU less time than a NAF block.
+    """
 
     def __init__(self, out_channels, channels, depth, d_model):
         super().__init__()
@@ -332,7 +327,7 @@ class ConvDecoder(nn.Module):
             nn.ConvTranspose2d(coarser, c, 2, stride=2)
             for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
         )
-        self.stages = conv_stages(channels, depth)
+        self.stages = nn.ModuleList([ResidualConv(channels[0]), *naf_stages(channels[1:], depth)])
         self.head = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
     def forward(self, x, features):
@@ -365,7 +360,7 @@ class SmallViT(nn.Module):
         channels: feature channels of a convolutional encoder and decoder, from full resolution
             down, in place of the linear patch embedding and un-embedding; patch_size has to be
             2 to the power of their number. Empty: no convolutions.
-        depths: NAF blocks at each of their coarser resolutions: of the encoder, of the decoder.
+        conv_depth: NAF blocks at each of their coarser resolutions, in encoder and decoder each.
         residual: the model predicts the difference to the noisy image.
 
     Raises:
@@ -384,7 +379,7 @@ class SmallViT(nn.Module):
         k_attend=(32, 64, 128),
         dropout=0.0,
         channels=(),
-        depths=(2, 3),
+        conv_depth=2,
         residual=False,
     ):
         super().__init__()
@@ -400,9 +395,8 @@ class SmallViT(nn.Module):
                 f"got patch_size={patch_size}"
             )
         self.grid = image_size // patch_size
-        encoder_depth, decoder_depth = depths
         if channels:
-            self.encoder = ConvEncoder(in_channels, channels, encoder_depth, d_model)
+            self.encoder = ConvEncoder(in_channels, channels, conv_depth, d_model)
         else:
             self.patch_embed = nn.Conv2d(in_channels, d_model, patch_size, stride=patch_size)
         self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
@@ -410,7 +404,7 @@ class SmallViT(nn.Module):
             TransformerBlock(d_model, num_heads, d_ff, k_attend, dropout) for _ in range(num_layers)
         )
         if channels:
-            self.decoder = ConvDecoder(in_channels, channels, decoder_depth, d_model)
+            self.decoder = ConvDecoder(in_channels, channels, conv_depth, d_model)
         else:
             self.patch_unembed = nn.ConvTranspose2d(d_model, in_channels, patch_size, patch_size)
         # Every block starts as the identity. Otherwise near-uniform attention adds the mean of all
@@ -478,7 +472,13 @@ class SmallViT(nn.Module):
 # `--model`: arguments of SmallViT.
 MODELS = {
     "published": {},
-    "refined": {"d_model": 64, "num_heads": 2, "channels": (16, 64), "residual": True},
+    "refined": {
+        "d_model": 48,
+        "num_heads": 1,
+        "d_ff": 96,
+        "channels": (16, 80),
+        "residual": True,
+    },
 }
 
 

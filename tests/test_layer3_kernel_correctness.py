@@ -265,7 +265,6 @@ def test_naf_block_against_its_definition(seeded):
 
     h = depthwise(block.depthwise, pointwise(block.widen, norm(block.norm1, image)))
     h = h[:3] * h[3:]
-    h = h * pointwise(block.attention, h.mean((1, 2), keepdim=True))
     expected = image + pointwise(block.project, h)
     h = pointwise(block.ffn[0], norm(block.norm2, expected))
     expected = expected + pointwise(block.ffn[1], h[:3] * h[3:])
