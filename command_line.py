@@ -139,6 +139,8 @@ class _NoiseLevel(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if len(values) > 2 or values[0] > values[-1]:
             raise argparse.ArgumentError(self, "must be one σ, or two in ascending order")
+        if len(values) == 2 and values[0] == 0 < values[1]:
+            raise argparse.ArgumentError(self, "a range must start above 0")
         setattr(namespace, self.dest, values if len(values) == 2 else values[0])
 
 
@@ -152,7 +154,7 @@ def add_noise_level(parser):
         default=0.2,
         metavar="SIGMA",
         help="standard deviation σ of the Gaussian noise, for pixel values in [0, 1]; two values "
-        "are a range, from which every image draws its own (default: %(default)s)",
+        "are a range, from which every image draws its own, log-uniformly (default: %(default)s)",
     )
 
 

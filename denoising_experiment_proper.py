@@ -69,19 +69,23 @@ class NoisyImageDataset(torch.utils.data.Dataset):
 
     Args:
         split: image_sources.Split.
-        noise_level: σ, at least 0, for pixel values in [0, 1]; or a pair (low, high), from which
-            every image draws a σ of its own, uniformly.
+        noise_level: σ, at least 0, for pixel values in [0, 1]; or a pair (low, high), low above 0,
+            from which every image draws a σ of its own, see `draw_sigma`.
         stream: a number that keeps the noise of one split apart from that of another.
         device: torch.device of the images and of all that the data set yields.
 
     Raises:
-        ValueError: noise_level is negative or no range, or the images are not uint8 [n, 3, h, w].
+        ValueError: noise_level is negative or no such pair, or the images are not uint8
+            [n, 3, h, w].
     """
 
     def __init__(self, split, noise_level=0.2, stream=0, device="cpu"):
         low, high = noise_range(noise_level)
-        if not 0 <= low <= high:
-            raise ValueError(f"noise_level must be at least 0 and ascend, got {noise_level}")
+        if not 0 <= low <= high or low == 0 < high:
+            raise ValueError(
+                "noise_level must be a σ of at least 0 or a range that ascends from above 0, "
+                f"got {noise_level}"
+            )
         if split.images.dtype != torch.uint8 or split.images.ndim != 4:
             raise ValueError(
                 "expected uint8 images of shape [n, 3, h, w], got "
@@ -125,14 +129,13 @@ class NoisyImageDataset(torch.utils.data.Dataset):
             start: batches to skip.
             flip: mirror each image left to right with probability 1/2.
         """
-        low, high = noise_range(self.noise_level)
         order = self._order(_generator(seed, epoch), lossless_share).to(self.device)
         for step, indices in enumerate(order.split(batch_size)):
             if step >= start:
                 generator = _generator(seed, epoch, step, device=self.device)
                 draw = {"generator": generator, "device": self.device}
                 noise = torch.randn((len(indices), *self.split.images.shape[1:]), **draw)
-                sigma = low + (high - low) * torch.rand(len(indices), **draw)
+                sigma = draw_sigma(torch.rand(len(indices), **draw), self.noise_level)
                 mirrored = torch.rand(len(indices), **draw) < 0.5 if flip else None
                 yield self._add(noise, sigma, indices, mirrored)
 
@@ -155,7 +158,7 @@ class NoisyImageDataset(torch.utils.data.Dataset):
             generator = np.random.default_rng((self.stream, index))
             shape = self.split.images.shape[1:]
             noise.append(generator.standard_normal(shape, dtype=np.float32))
-            sigma.append(generator.uniform(*noise_range(self.noise_level)))
+            sigma.append(draw_sigma(generator.uniform(), self.noise_level))
         noise = torch.from_numpy(np.stack(noise)).to(self.device)
         sigma = torch.tensor(sigma, dtype=torch.float32, device=self.device)
         return self._add(noise, sigma, torch.tensor(indices, device=self.device))
@@ -171,6 +174,16 @@ class NoisyImageDataset(torch.utils.data.Dataset):
 def noise_range(noise_level):
     """(low, high) of a σ or of a pair."""
     return tuple(noise_level) if isinstance(noise_level, tuple | list) else (noise_level,) * 2
+
+
+def draw_sigma(uniform, noise_level):
+    """σ out of numbers that are uniform in [0, 1): the fixed one, or log-uniform in a range.
+
+    Every octave of σ gets as many images as any other. With σ itself uniform, few images have
+    little noise, where a model needs most training to come near one trained for that σ alone.
+    """
+    low, high = noise_range(noise_level)
+    return low * (high / low) ** uniform if high > low else low + 0 * uniform
 
 
 def noise_text(noise_level):

@@ -293,6 +293,7 @@ def test_noise_levels_have_to_ascend(call, folder):
     options = ("--dataset", folder, "--noise-level")
     assert_refused(call(experiment, *options, 0.3, 0.1), "--noise-level", "ascending")
     assert_refused(call(experiment, *options, 0.1, 0.2, 0.3), "--noise-level", "ascending")
+    assert_refused(call(experiment, *options, 0, 0.3), "--noise-level", "above 0")
 
 
 # The ablation study --------------------------------------------------------------------------
