@@ -139,7 +139,7 @@ class _NoiseLevel(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if len(values) > 2 or values[0] > values[-1]:
             raise argparse.ArgumentError(self, "must be one σ, or two in ascending order")
-        if len(values) == 2 and values[0] == 0 < values[1]:
+        if values[0] == 0 < values[-1]:
             raise argparse.ArgumentError(self, "a range must start above 0")
         setattr(namespace, self.dest, values if len(values) == 2 else values[0])
 
