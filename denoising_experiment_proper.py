@@ -267,29 +267,50 @@ class NAFBlock(nn.Module):
     """A gated depthwise convolution, then a gated feed-forward network.  [B, C, h, w] -> same.
 
     The block of NAFNet ("Simple Baselines for Image Restoration", Chen et al. 2022) without its
-    channel attention. There, each half starts as the identity by a learned scale of zero; here its
-    last layer is zero.
+    channel attention, and without biases of the 1×1 convolutions: the norms and the depthwise
+    convolution have some, and the gradient of each takes one more pass over a feature map. There,
+    each half starts as the identity by a learned scale of zero; here its last layer is zero.
     """
 
     def __init__(self, channels):
         super().__init__()
         self.norm1, self.norm2 = LayerNorm2d(channels), LayerNorm2d(channels)
-        self.widen = nn.Conv2d(channels, 2 * channels, 1)
+        self.widen = nn.Conv2d(channels, 2 * channels, 1, bias=False)
         self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels)
-        self.project = zeroed(nn.Conv2d(channels, channels, 1))
+        self.project = zeroed(nn.Conv2d(channels, channels, 1, bias=False))
         self.ffn = nn.ModuleList(
-            (nn.Conv2d(channels, 2 * channels, 1), zeroed(nn.Conv2d(channels, channels, 1)))
+            (
+                nn.Conv2d(channels, 2 * channels, 1, bias=False),
+                zeroed(nn.Conv2d(channels, channels, 1, bias=False)),
+            )
         )
 
     def forward(self, x):
-        x = x + self.project(gate(self.depthwise(self.widen(self.norm1(x)))))
-        return x + self.ffn[1](gate(self.ffn[0](self.norm2(x))))
+        x = x + self.project(Gate.apply(self.depthwise(self.widen(self.norm1(x)))))
+        return x + self.ffn[1](Gate.apply(self.ffn[0](self.norm2(x))))
 
 
-def gate(x):
-    """The product of the two halves of the channels.  [B, 2C, h, w] -> [B, C, h, w]."""
-    left, right = x.chunk(2, dim=1)
-    return left * right
+class Gate(torch.autograd.Function):
+    """The product of the two halves of the channels.  [B, 2C, h, w] -> [B, C, h, w].
+
+    The derivative of `chunk` concatenates two gradients; this one writes both where they belong.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        left, right = x.chunk(2, dim=1)
+        return left * right
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        left, right = x.chunk(2, dim=1)
+        of_x = torch.empty_like(x)
+        of_left, of_right = of_x.chunk(2, dim=1)
+        torch.mul(gradient, right, out=of_left)
+        torch.mul(gradient, left, out=of_right)
+        return of_x
 
 
 def channels_last_on_cpu(image):
@@ -350,9 +371,9 @@ class ConvDecoder(nn.Module):
 
 
 def zeroed(layer):
-    """The layer with weight and bias zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    """The layer with weight and, where it has one, bias zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -486,10 +507,11 @@ class SmallViT(nn.Module):
 MODELS = {
     "published": {},
     "refined": {
-        "d_model": 48,
+        "d_model": 64,
         "num_heads": 1,
-        "d_ff": 96,
-        "channels": (16, 80),
+        "d_ff": 128,
+        "channels": (16, 64),
+        "conv_depth": 3,
         "residual": True,
     },
 }

@@ -12,7 +12,7 @@ from adaptive_attention_moe import (
     topk_attention,
 )
 from conftest import Recorder
-from denoising_experiment_proper import NAFBlock
+from denoising_experiment_proper import Gate, NAFBlock
 from oracle import gather_attention, loop_attention, straightforward_expert, straightforward_moe
 
 
@@ -253,7 +253,7 @@ def test_naf_block_against_its_definition(seeded):
         return layer.weight[:, None, None] * x + layer.bias[:, None, None]
 
     def pointwise(layer, x):
-        return torch.einsum("oi,ihw->ohw", layer.weight[:, :, 0, 0], x) + layer.bias[:, None, None]
+        return torch.einsum("oi,ihw->ohw", layer.weight[:, :, 0, 0], x)
 
     def depthwise(layer, x):
         padded = F.pad(x, (1, 1, 1, 1))
@@ -272,3 +272,13 @@ def test_naf_block_against_its_definition(seeded):
         output = block(image[None].contiguous(memory_format=layout))
         assert torch.allclose(output[0], expected, atol=1e-12)
         assert output.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gate_and_its_derivative(layout, seeded):
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64).contiguous(memory_format=layout)
+    x.requires_grad_()
+    assert torch.equal(Gate.apply(x), x[:, :3] * x[:, 3:])
+    assert torch.autograd.gradcheck(Gate.apply, x)
+    (gradient,) = torch.autograd.grad(Gate.apply(x).sum(), x)
+    assert gradient.is_contiguous(memory_format=layout)

@@ -283,7 +283,7 @@ def test_refined_model_on_a_range_of_noise(call, folder):
     checkpoint = torch.load("m.pt", weights_only=True)
     assert checkpoint["recipe"]["noise_level"] == [0.1, 0.3]
     assert checkpoint["recipe"]["model"] == "refined" and checkpoint["recipe"]["flip"] is True
-    assert load_model("m.pt").config["channels"] == (16, 80)
+    assert load_model("m.pt").config["channels"] == (16, 64)
     assert call(debug_evaluation, "--dataset", folder, "--checkpoint", "m.pt").returncode == 0
     process = call(compare_baselines, "--dataset", folder, "--checkpoint", "m.pt")
     assert "σ = 0.2" in process.stdout  # the middle

@@ -223,9 +223,9 @@ def test_muon_turns_the_momentum_of_matrices_and_kernels_into_orthogonal_steps(s
     ]
     assert rest == [
         "position",
-        *(f"encoder.stages.1.{i}.depthwise.weight" for i in range(2)),
+        *(f"encoder.stages.1.{i}.depthwise.weight" for i in range(3)),
         *(f"blocks.{i}.attention.router.mlp.2.weight" for i in range(2)),
-        *(f"decoder.stages.1.{i}.depthwise.weight" for i in range(2)),
+        *(f"decoder.stages.1.{i}.depthwise.weight" for i in range(3)),
         "decoder.head.weight",
     ]
     for name, step in steps.items():
