@@ -773,7 +773,7 @@ def make_optimizer(model, lr, name="adamw"):
             orthogonalises the momentum of weight matrices and convolution kernels (Jordan et al.
             2024), scaled so that a learning rate means what it means to AdamW (Liu et al. 2025).
             Parameters with fewer than 4 rows or columns, such as biases, the position embedding and
-            depthwise kernels get AdamW with Nesterov momentum (NAdamW).
+            depthwise kernels get AdamW (β₂ = 0.95).
     """
     if name == "muon":
         return Muon(model.parameters(), lr, weight_decay=WEIGHT_DECAY)
