@@ -306,6 +306,8 @@ class Gate(torch.autograd.Function):
     def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
         left, right = x.chunk(2, dim=1)
+        if torch.compiler.is_compiling():  # out= takes no views there; the compiler fuses this
+            return torch.cat((gradient * right, gradient * left), dim=1)
         of_x = torch.empty_like(x)
         of_left, of_right = of_x.chunk(2, dim=1)
         torch.mul(gradient, right, out=of_left)

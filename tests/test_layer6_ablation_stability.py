@@ -427,6 +427,22 @@ def test_training_runs_what_torch_compile_made(call, folder, monkeypatch):
     assert same_weights(weights("m.pt"), weights("plain.pt"))
 
 
+@pytest.mark.parametrize("name", ["published", "refined"])
+def test_models_compile_to_one_graph(name, seeded):
+    """Without the code generator, which needs a C++ compiler; a break in the graph would raise."""
+    model = SmallViT(**experiment.MODELS[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        run(torch.ones(2, 3, 32, 32)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert torch.allclose(compiled, eager, rtol=1e-4, atol=1e-6)
+
+
 def test_bfloat16_stays_close_to_float32_and_keeps_float32_weights(call, folder):
     for output, options in (("a.pt", ()), ("b.pt", ("--dtype", "bfloat16"))):
         assert train_on(call, folder, output, *options).returncode == 0
