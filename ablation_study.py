@@ -42,6 +42,7 @@ from denoising_experiment_proper import (
     NoisyImageDataset,
     SmallViT,
     channels_last_on_cpu,
+    check_same_recipe,
     count_parameters,
     evaluate,
     load_for_evaluation,
@@ -231,7 +232,7 @@ def train_variant(name, seed, train_set, args):
     """A trained model and the list of its training errors; cosine annealing in every step."""
     torch.manual_seed(seed)
     model = VARIANTS[name]().to(train_set.device).train()
-    optimizer = make_optimizer(model, args.lr, args.optimizer)
+    optimizer = make_optimizer(model, args.lr, args.optimizer, args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     batches = itertools.chain.from_iterable(
         train_set.shuffled_batches(
@@ -426,12 +427,12 @@ def read_rows(output, recipe):
         variants = {row["variant"]: (row["parameters"], row["noise_levels"]) for row in rows}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{output} is no result of this script; name another --output") from None
-    for name, value in recipe.items():
-        if before.get(name) != value:
-            raise UserError(
-                f"{output} holds a study with {name} {before.get(name)}, this one has {value}; "
-                "repeat its options to go on with it, or name another --output"
-            )
+    check_same_recipe(
+        before,
+        recipe,
+        f"{output} holds a study with",
+        "repeat its options to go on with it, or name another --output",
+    )
     for name, (parameters, _) in variants.items():
         if name not in VARIANTS or count_parameters(VARIANTS[name]()) != parameters:
             raise UserError(
@@ -446,7 +447,7 @@ def parse_args():
         "Trains variants of the model under one recipe and compares them. Goes on where an "
         "earlier run with the same --output stopped.",
         *("dataset", "data-dir", "batch-size", "lr", "device", "threads", "dtype"),
-        *("loss", "optimizer", "lossless-share", "flip"),
+        *("loss", "optimizer", "weight-decay", "lossless-share", "flip"),
     )
     add_noise_level(parser)
     parser.add_argument(

@@ -79,6 +79,11 @@ def make_parser(description, *options):
             choices=["adamw", "muon"],
             help="adamw, as published; muon orthogonalises the momentum of matrices",
         ),
+        "weight-decay": dict(
+            type=number(float, 0),
+            default=1e-4,
+            help="decoupled, of all parameters by adamw, of matrices alone by muon",
+        ),
         "noise-level": dict(
             type=number(float, 0),
             default=0.2,

@@ -50,7 +50,6 @@ from run_files import RunFiles, StopRequest, save_atomically, write_history
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss, per block
 PSNR_WEIGHT = 1e-3  # with it, 1 dB near 23 dB weighs what it weighs in the mean squared error
 PSNR_EPS = 1e-5  # an MSE of 50 dB; bounds the gradient of the logarithm
-WEIGHT_DECAY = 1e-4
 CLIP_NORM = 1.0
 CPU_STEPS_PER_READ, GPU_STEPS_PER_READ = 1, 50  # reading a loss makes the CPU wait for the GPU
 
@@ -765,7 +764,7 @@ def load_for_evaluation(args, same_images=False):
 # ---------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model, lr, name="adamw"):
+def make_optimizer(model, lr, name="adamw", weight_decay=1e-4):
     """The optimizer of `--optimizer`.
 
     Args:
@@ -776,10 +775,11 @@ def make_optimizer(model, lr, name="adamw"):
             2024), scaled so that a learning rate means what it means to AdamW (Liu et al. 2025).
             Parameters with fewer than 4 rows or columns, such as biases, the position embedding and
             depthwise kernels get AdamW (β₂ = 0.95).
+        weight_decay: decoupled, times the learning rate; "muon" has it for matrices alone.
     """
     if name == "muon":
-        return Muon(model.parameters(), lr, weight_decay=WEIGHT_DECAY)
-    return torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY, fused=True)
+        return Muon(model.parameters(), lr, weight_decay)
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
 
 
 def autocast(device, dtype):
@@ -883,7 +883,7 @@ def train(model, train_set, val_set, args, files, recipe, describe):
     Raises:
         UserError: the loss is not finite any more, or there is nothing to resume.
     """
-    optimizer = make_optimizer(model, args.lr, args.optimizer)
+    optimizer = make_optimizer(model, args.lr, args.optimizer, args.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     progress = {"epoch": 1, "step": 0, "loss_sums": [0.0, 0.0], "seconds": 0.0, "history": []}
     if args.resume:
@@ -1021,16 +1021,23 @@ def _resume(files, recipe, model, optimizer, scheduler):
             f"--resume: there is no interrupted run at {files.resume}; start one without --resume"
         )
     state = load_checkpoint(files.resume, ("recipe", "progress", "model", "optimizer", "scheduler"))
-    for name, value in recipe.items():
-        if state["recipe"].get(name) != value:
-            raise UserError(
-                f"--resume: the interrupted run had {name} {state['recipe'].get(name)}, this one "
-                f"has {value}; repeat its options, or start a new run without --resume"
-            )
+    check_same_recipe(
+        state["recipe"],
+        recipe,
+        "--resume: the interrupted run had",
+        "repeat its options, or start a new run without --resume",
+    )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     return state["progress"]
+
+
+def check_same_recipe(earlier, recipe, whose, advice):
+    """Raises a UserError that names the first entry of `recipe` that differs in the earlier one."""
+    for name, value in recipe.items():
+        if earlier.get(name) != value:
+            raise UserError(f"{whose} {name} {earlier.get(name)}, this one has {value}; {advice}")
 
 
 def recipe_options(args):
@@ -1040,6 +1047,7 @@ def recipe_options(args):
         "lr": args.lr,
         "loss": args.loss,
         "optimizer": args.optimizer,
+        "weight_decay": args.weight_decay,
         "noise_level": args.noise_level,
         "lossless_share": args.lossless_share,
         "flip": bool(args.flip),
@@ -1064,7 +1072,7 @@ def parse_args():
         "and tests it. Writes FILE, and beside it FILE's name with _history.csv, _curve.png and, "
         "until the run is complete, _resume.pt.",
         *("dataset", "data-dir", "epochs", "batch-size", "lr", "seed", "device", "threads"),
-        *("dtype", "compile", "loss", "optimizer", "flip", "lossless-share"),
+        *("dtype", "compile", "loss", "optimizer", "weight-decay", "flip", "lossless-share"),
     )
     add_noise_level(parser)
     add_output(parser, CHECKPOINT, "checkpoint to write")

@@ -31,7 +31,7 @@ class Muon(torch.optim.AdamW):
         params: parameters. Those with at least 4 rows and columns are matrices; depthwise kernels,
             biases, scales and embeddings [1, ...] are not.
         lr: learning rate of both.
-        weight_decay: decoupled, of both.
+        weight_decay: decoupled, of the matrices alone.
         momentum: of the matrices, Nesterov's.
         betas: of AdamW.
     """
@@ -40,8 +40,11 @@ class Muon(torch.optim.AdamW):
         matrices, others = [], []
         for p in params:
             (matrices if is_matrix(p) else others).append(p)
-        groups = [{"params": others}, {"params": matrices, "momentum": momentum}]
-        super().__init__(groups, lr, betas, weight_decay=weight_decay, fused=True)
+        groups = [
+            {"params": others, "weight_decay": 0.0},
+            {"params": matrices, "momentum": momentum, "weight_decay": weight_decay},
+        ]
+        super().__init__(groups, lr, betas, fused=True)
 
     @torch.no_grad()
     def step(self):

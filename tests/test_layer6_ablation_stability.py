@@ -195,8 +195,9 @@ def test_a_seed_repeats_bit_for_bit_and_another_does_not(call, folder):
         assert train_on(call, folder, output, *options).returncode == 0
     assert same_weights(weights("a.pt"), weights("b.pt"))
     assert not same_weights(weights("a.pt"), weights("c.pt"))
-    for name, value in (("loss", "psnr"), ("optimizer", "muon")):
-        assert train_on(call, folder, "other.pt", f"--{name}", value).returncode == 0
+    for name, value in (("loss", "psnr"), ("optimizer", "muon"), ("weight_decay", 0.5)):
+        option = f"--{name.replace('_', '-')}"
+        assert train_on(call, folder, "other.pt", option, value).returncode == 0
         assert not same_weights(weights("a.pt"), weights("other.pt"))
         assert torch.load("other.pt", weights_only=True)["recipe"][name] == value
     history = [
@@ -209,9 +210,7 @@ def test_a_seed_repeats_bit_for_bit_and_another_does_not(call, folder):
 def test_muon_turns_the_momentum_of_matrices_and_kernels_into_orthogonal_steps(seeded):
     """They are U Vᵀ of the singular value decomposition; the others get AdamW's signs."""
     model = SmallViT(**experiment.MODELS["refined"])
-    optimizer = experiment.make_optimizer(model, 1e-2, "muon")
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
+    optimizer = experiment.make_optimizer(model, 1e-2, "muon", weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
@@ -257,6 +256,17 @@ def test_muon_takes_the_definitions_second_step(seeded):
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * update
     torch.testing.assert_close(weight.detach(), expected)
     assert (torch.linalg.svdvals(update) - 1).abs().max() < 0.3
+
+
+@pytest.mark.parametrize(("optimizer", "of_others"), [("muon", 1.0), ("adamw", 0.95)])
+def test_weight_decay_is_of_matrices_alone_in_muon_and_of_all_in_adamw(optimizer, of_others):
+    layer = torch.nn.Linear(8, 8)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    experiment.make_optimizer(layer, 0.1, optimizer, weight_decay=0.5).step()
+    torch.testing.assert_close(layer.weight.detach(), 0.95 * before["weight"])
+    torch.testing.assert_close(layer.bias.detach(), of_others * before["bias"])
 
 
 def test_muon_takes_matrices_of_one_shape_in_one_batch(seeded):
