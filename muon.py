@@ -42,9 +42,9 @@ class Muon(torch.optim.AdamW):
             (matrices if is_matrix(p) else others).append(p)
         groups = [
             {"params": others, "weight_decay": 0.0},
-            {"params": matrices, "momentum": momentum, "weight_decay": weight_decay},
+            {"params": matrices, "momentum": momentum},
         ]
-        super().__init__(groups, lr, betas, fused=True)
+        super().__init__(groups, lr, betas, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self):
