@@ -321,13 +321,17 @@ def channels_last_on_cpu(image):
     return image
 
 
-def naf_stages(channels, depth):
-    """`depth` NAF blocks for each of these numbers of channels."""
-    return [nn.Sequential(*(NAFBlock(c) for _ in range(depth))) for c in channels]
+def conv_stages(channels, depth):
+    """A dense residual pair at full resolution, `depth` NAF blocks at each of the coarser ones.
+
+    At full resolution such a pair takes a CPU less time than a NAF block.
+    """
+    nafs = [nn.Sequential(*(NAFBlock(c) for _ in range(depth))) for c in channels[1:]]
+    return [ResidualConv(channels[0]), *nafs]
 
 
 class ConvEncoder(nn.Module):
-    """Image to tokens in steps of 2: a stem at full resolution, NAF blocks at the coarser ones.
+    """Image to tokens in steps of 2: convolutions at every resolution.
 
     [B, in_channels, h, w] -> [B, D, h / 2^L, w / 2^L] and the L feature maps on the way,
     [B, channels[l], h / 2^l, w / 2^l], from fine to coarse.
@@ -336,7 +340,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, in_channels, channels, depth, d_model):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.stages = nn.ModuleList([nn.Identity(), *naf_stages(channels[1:], depth)])
+        self.stages = nn.ModuleList(conv_stages(channels, depth))
         self.downs = nn.ModuleList(
             nn.Conv2d(c, coarser, 2, stride=2)
             for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
@@ -351,10 +355,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Tokens to image, the mirror of ConvEncoder: its feature maps are added on the way.
-
-    At full resolution stands a dense residual pair, which takes a CPU less time than a NAF block.
-    """
+    """Tokens to image, the mirror of ConvEncoder: its feature maps are added on the way."""
 
     def __init__(self, out_channels, channels, depth, d_model):
         super().__init__()
@@ -362,7 +363,7 @@ class ConvDecoder(nn.Module):
             nn.ConvTranspose2d(coarser, c, 2, stride=2)
             for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
         )
-        self.stages = nn.ModuleList([ResidualConv(channels[0]), *naf_stages(channels[1:], depth)])
+        self.stages = nn.ModuleList(conv_stages(channels, depth))
         self.head = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
     def forward(self, x, features):
