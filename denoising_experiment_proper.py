@@ -327,7 +327,7 @@ def conv_stages(channels, depth):
     At full resolution such a pair takes a CPU less time than a NAF block.
     """
     nafs = [nn.Sequential(*(NAFBlock(c) for _ in range(depth))) for c in channels[1:]]
-    return [ResidualConv(channels[0]), *nafs]
+    return nn.ModuleList([ResidualConv(channels[0]), *nafs])
 
 
 class ConvEncoder(nn.Module):
@@ -340,7 +340,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, in_channels, channels, depth, d_model):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.stages = nn.ModuleList(conv_stages(channels, depth))
+        self.stages = conv_stages(channels, depth)
         self.downs = nn.ModuleList(
             nn.Conv2d(c, coarser, 2, stride=2)
             for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
@@ -363,7 +363,7 @@ class ConvDecoder(nn.Module):
             nn.ConvTranspose2d(coarser, c, 2, stride=2)
             for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
         )
-        self.stages = nn.ModuleList(conv_stages(channels, depth))
+        self.stages = conv_stages(channels, depth)
         self.head = nn.Conv2d(channels[0], out_channels, 3, padding=1)
 
     def forward(self, x, features):
