@@ -52,6 +52,7 @@ from denoising_experiment_proper import (
     recipe_options,
     result_line,
     training_step,
+    zeroed,
 )
 from image_sources import load_images
 from visualize_proper_results import psnr_against_noise
@@ -121,18 +122,19 @@ class DnCNN(nn.Module):
     """17 convolutions of 64 channels with batch normalisation that predict the noise.
 
     "Beyond a Gaussian Denoiser", Zhang et al. 2017. [B, 3, h, w] -> [B, 3, h, w].
+
+    The inner convolutions start as the identity and the last at zero. Drawn at random, so many in
+    a row without skips blur each pixel's noise beyond recovery, and training does not start.
     """
 
     def __init__(self, depth=17, channels=64):
         super().__init__()
         layers = [nn.Conv2d(3, channels, 3, padding=1), nn.ReLU()]
         for _ in range(depth - 2):
-            layers += [
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-                nn.BatchNorm2d(channels),
-                nn.ReLU(),
-            ]
-        self.noise = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1))
+            conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            nn.init.dirac_(conv.weight)
+            layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+        self.noise = nn.Sequential(*layers, zeroed(nn.Conv2d(channels, 3, 3, padding=1)))
 
     def forward(self, noisy, return_routing=False):
         """As SmallViT, of which each image is the only token of the only expert."""

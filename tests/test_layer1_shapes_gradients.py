@@ -153,6 +153,16 @@ def test_conventional_denoisers_compute_in_the_fast_layout(denoiser):
     assert layouts and all(layouts)
 
 
+def test_dncnn_starts_as_the_identity_with_every_pixel_in_its_place():
+    """Drawn at random, its inner layers blur a pixel over 31 × 31, and training does not start."""
+    torch.manual_seed(0)
+    model, noisy = DnCNN().eval(), torch.rand(1, 3, 32, 32)
+    assert torch.equal(model(noisy), noisy)
+    features = model.noise[:2](noisy).detach().requires_grad_()
+    model.noise[2:-1](features)[0, :, 16, 16].sum().backward()
+    assert features.grad[0].abs().sum(0).nonzero().tolist() == [[16, 16]]
+
+
 def test_gradients_reach_every_parameter_of_the_refined_model(refined):
     image, routings = refined(torch.rand(2, 3, 32, 32), return_routing=True)
     (image.square().mean() + sum(map(load_balancing_loss, routings))).backward()
