@@ -124,7 +124,7 @@ class DnCNN(nn.Module):
     "Beyond a Gaussian Denoiser", Zhang et al. 2017. [B, 3, h, w] -> [B, 3, h, w].
 
     The inner convolutions start as the identity and the last at zero. Drawn at random, so many in
-    a row without skips blur each pixel's noise beyond recovery, and training does not start.
+    a row without skips blur each pixel's noise beyond recovery, and training hardly starts.
     """
 
     def __init__(self, depth=17, channels=64):

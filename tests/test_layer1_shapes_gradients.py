@@ -154,7 +154,7 @@ def test_conventional_denoisers_compute_in_the_fast_layout(denoiser):
 
 
 def test_dncnn_starts_as_the_identity_with_every_pixel_in_its_place():
-    """Drawn at random, its inner layers blur a pixel over 31 × 31, and training does not start."""
+    """Drawn at random, its inner layers blur a pixel over 31 × 31, and training hardly starts."""
     torch.manual_seed(0)
     model, noisy = DnCNN().eval(), torch.rand(1, 3, 32, 32)
     assert torch.equal(model(noisy), noisy)
