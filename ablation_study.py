@@ -15,6 +15,7 @@ import copy
 import itertools
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from command_line import (
     run_main,
     select_device,
 )
+from cuda_graphs import replayed
 from denoising_experiment_proper import (
     BALANCE_WEIGHT,
     MODELS,
@@ -244,12 +246,13 @@ def train_variant(name, seed, train_set, args):
     )
     weight = 0.0 if name == "no load-balancing loss" else BALANCE_WEIGHT
     options = {"dtype": getattr(torch, args.dtype), "loss": args.loss, "balance_weight": weight}
-    steps = itertools.islice(batches, args.steps)
+    step = replayed(partial(training_step, model, optimizer, **options), optimizer)
+    first = itertools.islice(batches, args.steps)
     losses = []
     for noisy, clean, _ in tqdm(
-        steps, name, args.steps, leave=False, disable=None, dynamic_ncols=True
+        first, name, args.steps, leave=False, disable=None, dynamic_ncols=True
     ):
-        losses.append(training_step(model, optimizer, noisy, clean, **options))
+        losses.append(step(noisy, clean))
         scheduler.step()
     return model, torch.stack(losses)[:, 0].tolist()
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from command_line import (
     run_main,
     select_device,
 )
+from cuda_graphs import replayed
 from data_parallel import (
     any_process,
     first_process_first,
@@ -45,7 +47,7 @@ from data_parallel import (
 )
 from image_sources import Split, load_images
 from muon import Muon
-from run_files import RunFiles, StopRequest, save_atomically, write_history
+from run_files import RunFiles, StopRequest, draw_history, save_atomically, write_history
 
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss, per block
 PSNR_WEIGHT = 1e-3  # with it, 1 dB near 23 dB weighs what it weighs in the mean squared error
@@ -799,10 +801,11 @@ def compiled(model, noisy, dtype):
     """
     failure = None
     try:
-        # On a GPU this replays CUDA graphs: launching kernels one by one takes longer than they do.
-        mode = "reduce-overhead" if noisy.device.type == "cuda" else "default"
+        # Several processes record no whole step, see `replayed`; torch records the model for them.
+        graphs = noisy.device.type == "cuda" and world_size() > 1
+        mode = "reduce-overhead" if graphs else "default"
         fast = torch.compile(model, mode=mode, dynamic=False)
-        for _ in range(3):  # compiles; records CUDA graphs; replays them
+        for _ in range(3 if graphs else 1):  # compiles; records CUDA graphs; replays them
             model.zero_grad()
             with autocast(noisy.device, dtype):
                 restored, routings = fast(noisy, return_routing=True)
@@ -898,6 +901,7 @@ def train(model, train_set, val_set, args, files, recipe, describe):
         example = next(train_set.shuffled_batches(args.batch_size, args.seed, epoch=1))[0]
         fast = compiled(fast, my_share(example), dtype)
     fast = parallel(fast)
+    step = replayed(partial(training_step, fast, optimizer, dtype=dtype, loss=args.loss), optimizer)
 
     def save_progress():
         save(
@@ -968,7 +972,7 @@ def train(model, train_set, val_set, args, files, recipe, describe):
                 images, noisy, clean = len(clean), my_share(noisy), my_share(clean)
                 whole = images == min(args.batch_size, len(train_set))
                 with torch.compiler.set_stance("default" if whole else "force_eager"):
-                    losses = training_step(fast, optimizer, noisy, clean, images, dtype, args.loss)
+                    losses = step(noisy, clean, images)
                 unread.append((images, losses))
                 progress["step"] += 1
                 if len(unread) == steps_per_read or progress["step"] == steps:
@@ -1012,6 +1016,8 @@ def train(model, train_set, val_set, args, files, recipe, describe):
                 write_history(history, files)
             if stopping:
                 break
+    if history and rank() == 0:
+        draw_history(history, files)
     wait_for_all()
     return history, progress["seconds"]
 

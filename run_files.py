@@ -70,11 +70,15 @@ def check_picture(path):
 
 
 def write_history(history, files):
-    """Writes the learning curve of a run as CSV and as a picture."""
+    """Writes the learning curve of a run as CSV."""
     with replace_when_complete(files.history) as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, history[0].keys())
         writer.writeheader()
         writer.writerows(history)
+
+
+def draw_history(history, files):
+    """Draws the learning curve of a run, which takes as long as a GPU takes for 100 steps."""
     epochs = [row["epoch"] for row in history]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, label in (("train_mse", "training"), ("val_mse", "validation")):

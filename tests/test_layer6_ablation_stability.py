@@ -1,15 +1,19 @@
 """Layer 6: ablations differ as they must, seeds repeat, extremes stay finite, no collapse."""
 
+import contextlib
+import copy
 import csv
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import cuda_graphs
 import data_parallel
 import denoising_experiment_proper as experiment
 from adaptive_attention_moe import AdaptiveAttentionMoE, load_balancing_loss
@@ -433,8 +437,87 @@ def test_training_runs_what_torch_compile_made(call, folder, monkeypatch):
     assert train_on(call, folder, "plain.pt").returncode == 0
     monkeypatch.setattr(torch, "compile", compile)
     assert train_on(call, folder, "m.pt", "--compile").returncode == 0
-    assert calls == [4] * (3 + 3 * 4)  # the example, then every step
+    assert calls == [4] * (1 + 3 * 4)  # the example, then every step
     assert same_weights(weights("m.pt"), weights("plain.pt"))
+
+
+def train_in_steps(model, optimizer, replay=False):
+    """Losses of eight steps, each at a learning rate of its own, the sixth on fewer images."""
+    optimizer = experiment.make_optimizer(model.train(), 1e-3, optimizer)
+    step = partial(experiment.training_step, model, optimizer)
+    step = cuda_graphs.ReplayedStep(step, optimizer) if replay else step
+    device = next(model.parameters()).device
+    generator, losses = torch.Generator().manual_seed(0), []
+    for n, images in enumerate((4, 4, 4, 4, 4, 3, 4, 4), 1):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4 * n
+        clean = torch.rand(images, 3, 32, 32, generator=generator).to(device)
+        losses.append(step(clean.flip(3), clean, images))
+    assert all(isinstance(group["lr"], float) for group in optimizer.param_groups)
+    return torch.stack(losses)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need such a device")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["vit", "refined"])
+def test_a_replayed_step_is_the_step(name, optimizer, request):
+    plain = request.getfixturevalue(name).cuda()
+    replayed, calls = copy.deepcopy(plain), []
+    losses = train_in_steps(plain, optimizer)
+    replayed.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.allclose(train_in_steps(replayed, optimizer, replay=True), losses, rtol=1e-3)
+    assert len(calls) == cuda_graphs.WARM_UP_STEPS + 1 + 1  # the recording; the smaller batch
+    others = dict(plain.named_parameters())
+    for key, one in replayed.named_parameters():
+        if not key.endswith("key.bias"):  # whose gradient is nothing but rounding
+            assert (one - others[key]).norm() <= 0.02 * others[key].norm(), key
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_learning_rates_in_tensors_mean_the_same(vit, optimizer):
+    models = vit, copy.deepcopy(vit)
+    plain, recordable = (
+        experiment.make_optimizer(model, 3e-3, optimizer, weight_decay=0.1) for model in models
+    )
+    for _ in range(2):
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        plain.step()
+        with cuda_graphs.rates_on_device(recordable) as rates:
+            assert all(rate.item() == pytest.approx(3e-3) for rate in rates)
+            assert all(group["capturable"] for group in recordable.param_groups)
+            recordable.step()
+    for group in recordable.param_groups:
+        assert (group["lr"], group["capturable"]) == (3e-3, False)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_training_goes_on_where_no_graph_can_be_recorded(vit, monkeypatch, capsys):
+    """With streams that do nothing, since a machine without CUDA has none."""
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def graph(graph, stream):
+        raise RuntimeError("no graphs")
+
+    plain, replayed = vit, copy.deepcopy(vit)
+    losses = train_in_steps(plain, "muon")
+    for name, replacement in (
+        ("Stream", Stream),
+        ("current_stream", Stream),
+        ("stream", contextlib.nullcontext),
+        ("set_stream", lambda stream: None),
+        ("CUDAGraph", object),
+        ("graph", graph),
+    ):
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    assert torch.equal(train_in_steps(replayed, "muon", replay=True), losses)
+    assert capsys.readouterr().out.count("CUDA graphs do not work here (RuntimeError)") == 1
+    assert all(map(torch.equal, replayed.parameters(), plain.parameters()))
 
 
 @pytest.mark.parametrize("name", ["vit", "refined"])

@@ -1,0 +1,101 @@
+"""Training steps recorded as a CUDA graph: the GPU starts hundreds of kernels at one command.
+
+A step of so small a model has 400 to 1,000 kernels. Starting them one by one takes a CPU several
+times longer than they run.
+"""
+
+import contextlib
+
+import torch
+
+from data_parallel import world_size
+
+WARM_UP_STEPS = 3  # in which libraries set themselves up, and torch.compile compiles
+
+
+def replayed(step, optimizer):
+    """A training step that is replayed where that works: on a CUDA device, in a single process.
+
+    Args:
+        step: function(noisy, clean, batch_size=None) -> tensor, which takes a step of the optimizer
+            and never waits for the device.
+        optimizer: make_optimizer's, the device of whose parameters counts. Between steps nothing
+            but its learning rates may change.
+
+    Returns:
+        ReplayedStep, or elsewhere the step itself; called and working alike.
+    """
+    on_cuda = optimizer.param_groups[0]["params"][0].is_cuda
+    return ReplayedStep(step, optimizer) if on_cuda and world_size() == 1 else step
+
+
+class ReplayedStep:
+    """Takes the first steps as they come, records one, and replays it from then on.
+
+    Batches of another shape than the first are left to the step itself, as all are where it cannot
+    be recorded, which is then said.
+    """
+
+    def __init__(self, step, optimizer):
+        self.step, self.optimizer = step, optimizer
+        self.graph, self.shape, self.warm_up = None, None, WARM_UP_STEPS
+        self.stream = torch.cuda.Stream()  # a step has to be warmed up where it is recorded
+
+    def __call__(self, noisy, clean, batch_size=None):
+        """As the step itself."""
+        self.shape = self.shape or noisy.shape
+        if noisy.shape != self.shape or self.warm_up is None:
+            return self.step(noisy, clean, batch_size)
+        if self.warm_up:
+            self.warm_up -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.step(noisy, clean, batch_size)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if not self.graph and not self._record(noisy, clean, batch_size):
+            self.warm_up = None
+            return self.step(noisy, clean, batch_size)
+        self.noisy.copy_(noisy)
+        self.clean.copy_(clean)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        self.graph.replay()
+        return self.result.clone()
+
+    def _record(self, noisy, clean, batch_size):
+        """Whether the step is in self.graph now. Recording runs nothing."""
+        self.noisy, self.clean = noisy.clone(), clean.clone()
+        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            with (
+                rates_on_device(self.optimizer) as self.rates,
+                torch.cuda.graph(graph, stream=self.stream),
+            ):
+                self.result = self.step(self.noisy, self.clean, batch_size)
+        except Exception as error:  # every layer below has its own exceptions
+            torch.cuda.set_stream(before)
+            self.optimizer.zero_grad()
+            print(f"CUDA graphs do not work here ({type(error).__name__}); going on without them")
+            return False
+        self.graph = graph
+        return True
+
+
+@contextlib.contextmanager
+def rates_on_device(optimizer):
+    """Within the block, an optimizer reads its learning rates from the tensors that it yields.
+
+    A recorded step has every number of the recording built in; these tensors can be changed.
+    """
+    groups = optimizer.param_groups
+    before = [(group["lr"], group["capturable"]) for group in groups]
+    device = groups[0]["params"][0].device
+    rates = [torch.tensor(group["lr"], device=device) for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group |= {"lr": rate, "capturable": True}
+    try:
+        yield rates
+    finally:
+        for group, (rate, capturable) in zip(groups, before, strict=True):
+            group |= {"lr": rate, "capturable": capturable}
