@@ -247,10 +247,10 @@ def train_variant(name, seed, train_set, args):
     weight = 0.0 if name == "no load-balancing loss" else BALANCE_WEIGHT
     options = {"dtype": getattr(torch, args.dtype), "loss": args.loss, "balance_weight": weight}
     step = replayed(partial(training_step, model, optimizer, **options), optimizer)
-    first = itertools.islice(batches, args.steps)
+    batches = itertools.islice(batches, args.steps)
     losses = []
     for noisy, clean, _ in tqdm(
-        first, name, args.steps, leave=False, disable=None, dynamic_ncols=True
+        batches, name, args.steps, leave=False, disable=None, dynamic_ncols=True
     ):
         losses.append(step(noisy, clean))
         scheduler.step()

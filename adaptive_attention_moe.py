@@ -70,7 +70,12 @@ def topk_attention(query, key, value, k_attend, dropout_p=0.0):
         if attended is not None:
             return attended
     blocks = [
-        checkpoint(_attend_by_masking, part, key, value, k_attend, dropout_p, use_reentrant=False)
+        checkpoint(
+            _attend_by_masking,
+            *(part, key, value, k_attend, dropout_p),
+            use_reentrant=False,
+            preserve_rng_state=dropout_p > 0,  # which a CUDA graph could not record
+        )
         for part in query.split(block, dim=-2)
     ]
     return torch.cat(blocks, dim=-2)

@@ -196,10 +196,16 @@ def functions_of(row, variants, train_set, eval_set, args):
 
 
 def warmed_up(step, noisy, clean):
-    """The step, recorded where it is one that gets replayed."""
+    """The step, recorded where it is one that gets replayed.
+
+    Raises:
+        UserError: it could not be recorded.
+    """
     if isinstance(step, ReplayedStep):
         for _ in range(WARM_UP_STEPS + 1):
             step(noisy, clean)
+        if not step.graph:
+            raise UserError("there is no replayed step to time; drop this row from --rows")
     return step
 
 

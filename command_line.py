@@ -110,7 +110,7 @@ def make_parser(description, *options):
         "compile": dict(
             default=None,
             action="store_true",
-            help="use torch.compile where it works, worth its minute on a GPU (default: no)",
+            help="use torch.compile where it works, which takes up to a minute (default: no)",
         ),
         "flip": dict(
             default=None,

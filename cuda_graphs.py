@@ -7,10 +7,11 @@ times longer than they run.
 import contextlib
 
 import torch
+from tqdm import tqdm
 
 from data_parallel import world_size
 
-WARM_UP_STEPS = 3  # in which libraries set themselves up, and torch.compile compiles
+WARM_UP_STEPS = 3  # in which libraries set themselves up, which cannot be recorded
 
 
 def replayed(step, optimizer):
@@ -19,8 +20,8 @@ def replayed(step, optimizer):
     Args:
         step: function(noisy, clean, batch_size=None) -> tensor, which takes a step of the optimizer
             and never waits for the device.
-        optimizer: make_optimizer's, the device of whose parameters counts. Between steps nothing
-            but its learning rates may change.
+        optimizer: of make_optimizer; its parameters' device decides. Between steps nothing but its
+            learning rates may change.
 
     Returns:
         ReplayedStep, or elsewhere the step itself; called and working alike.
@@ -33,7 +34,7 @@ class ReplayedStep:
     """Takes the first steps as they come, records one, and replays it from then on.
 
     Batches of another shape than the first are left to the step itself, as all are where it cannot
-    be recorded, which is then said.
+    be recorded, which is then said. A replay has the batch_size of the recording.
     """
 
     def __init__(self, step, optimizer):
@@ -76,7 +77,8 @@ class ReplayedStep:
         except Exception as error:  # every layer below has its own exceptions
             torch.cuda.set_stream(before)
             self.optimizer.zero_grad()
-            print(f"CUDA graphs do not work here ({type(error).__name__}); going on without them")
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            tqdm.write(f"CUDA graphs do not work here ({why}); going on without them")
             return False
         self.graph = graph
         return True

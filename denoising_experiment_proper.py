@@ -12,6 +12,7 @@ import pickle
 import sys
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -901,7 +902,8 @@ def train(model, train_set, val_set, args, files, recipe, describe):
         example = next(train_set.shuffled_batches(args.batch_size, args.seed, epoch=1))[0]
         fast = compiled(fast, my_share(example), dtype)
     fast = parallel(fast)
-    step = replayed(partial(training_step, fast, optimizer, dtype=dtype, loss=args.loss), optimizer)
+    take_step = partial(training_step, fast, optimizer, dtype=dtype, loss=args.loss)
+    take_whole_step = replayed(take_step, optimizer)
 
     def save_progress():
         save(
@@ -956,7 +958,12 @@ def train(model, train_set, val_set, args, files, recipe, describe):
         bar.update(len(unread))
         unread.clear()
 
-    with StopRequest() as stop, bar:
+    def draw():
+        if history and rank() == 0:
+            draw_history(history, files)
+
+    with StopRequest() as stop, bar, ExitStack() as at_the_end:
+        at_the_end.callback(draw)  # not after every epoch: a GPU takes 100 steps in that time
         while progress["epoch"] <= args.epochs:
             epoch, started = progress["epoch"], time.perf_counter()
             bar.set_description(f"epoch {epoch}/{args.epochs}")
@@ -971,8 +978,11 @@ def train(model, train_set, val_set, args, files, recipe, describe):
             ):
                 images, noisy, clean = len(clean), my_share(noisy), my_share(clean)
                 whole = images == min(args.batch_size, len(train_set))
-                with torch.compiler.set_stance("default" if whole else "force_eager"):
-                    losses = step(noisy, clean, images)
+                if whole:
+                    losses = take_whole_step(noisy, clean, images)
+                else:
+                    with torch.compiler.set_stance("force_eager"):
+                        losses = take_step(noisy, clean, images)
                 unread.append((images, losses))
                 progress["step"] += 1
                 if len(unread) == steps_per_read or progress["step"] == steps:
@@ -1016,8 +1026,6 @@ def train(model, train_set, val_set, args, files, recipe, describe):
                 write_history(history, files)
             if stopping:
                 break
-    if history and rank() == 0:
-        draw_history(history, files)
     wait_for_all()
     return history, progress["seconds"]
 

@@ -78,7 +78,7 @@ def write_history(history, files):
 
 
 def draw_history(history, files):
-    """Draws the learning curve of a run, which takes as long as a GPU takes for 100 steps."""
+    """Draws the learning curve of a run."""
     epochs = [row["epoch"] for row in history]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, label in (("train_mse", "training"), ("val_mse", "validation")):
