@@ -196,7 +196,7 @@ def functions_of(row, variants, train_set, eval_set, args):
 
 
 def warmed_up(step, noisy, clean):
-    """The step, recorded where it is one that gets replayed.
+    """The step, which has been recorded by then where it is one that gets replayed.
 
     Raises:
         UserError: it could not be recorded.

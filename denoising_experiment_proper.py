@@ -978,11 +978,9 @@ def train(model, train_set, val_set, args, files, recipe, describe):
             ):
                 images, noisy, clean = len(clean), my_share(noisy), my_share(clean)
                 whole = images == min(args.batch_size, len(train_set))
-                if whole:
-                    losses = take_whole_step(noisy, clean, images)
-                else:
-                    with torch.compiler.set_stance("force_eager"):
-                        losses = take_step(noisy, clean, images)
+                step = take_whole_step if whole else take_step
+                with torch.compiler.set_stance("default" if whole else "force_eager"):
+                    losses = step(noisy, clean, images)
                 unread.append((images, losses))
                 progress["step"] += 1
                 if len(unread) == steps_per_read or progress["step"] == steps:
