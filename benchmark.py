@@ -1,12 +1,12 @@
-"""Times layer, training and evaluation side by side with two yardsticks, and how the layer grows.
+"""Times layer, training and evaluation side by side with yardsticks, and how the layer grows.
 
     python benchmark.py --dataset photos           # all rows, about a quarter of an hour
     python benchmark.py --dataset photos --quick   # about a minute on 2 CPU cores
 
-The yardsticks are the straightforward implementation, which gathers the selected values (the
-oracle of the tests), and a vision transformer of the same width with ordinary dense attention.
-All variants alternate in one run, after a warm-up; a figure is the median. Prints its tables and
-writes benchmark_results.json.
+The yardsticks are the straightforward implementation, which gathers the selected values, and a
+vision transformer of the same width with ordinary dense attention; the refined model, trained by
+its own recipe, is shown beside them. All alternate in one run, after a warm-up; a figure is the
+median. Prints its tables and writes benchmark_results.json.
 """
 
 import json
@@ -14,9 +14,8 @@ import math
 import multiprocessing
 import platform
 import statistics
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,38 +26,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
-from adaptive_attention_moe import attend_as_one, topk_attention
-from command_line import (
-    UserError,
-    add_output,
-    check_writable,
-    make_parser,
-    number,
-    replace_when_complete,
-    run_main,
-    select_device,
-)
-from cuda_graphs import WARM_UP_STEPS, ReplayedStep, replayed
-from denoising_experiment_proper import (
-    MODELS,
-    NoisyImageDataset,
-    SmallViT,
-    autocast,
-    compiled,
-    count_parameters,
-    evaluate,
-    make_optimizer,
-    noisy_splits,
-    training_step,
-)
-from image_sources import load_images
-
-sys.path.insert(0, str(Path(__file__).parent / "tests"))
-from oracle import straightforward_expert, straightforward_moe
+from denoising_experiment_proper import RECIPES, autocast, compiled, training_step
+from experiment.command_line import add_output, make_parser, select_device
+from experiment.cuda_graphs import WARM_UP_STEPS, ReplayedStep, replayed
+from experiment.evaluation import evaluate
+from experiment.image_sources import load_images
+from experiment.muon import make_optimizer
+from experiment.noisy_images import NoisyImageDataset, noisy_splits
+from experiment.reference import straightforward_moe
+from experiment.run_files import check_writable, replace_when_complete
+from experiment.user_errors import UserError, run_main
+from small_vit import MODELS, SmallViT
 
 ROWS = (
     *("layer forward", "layer forward+backward", "training step", "inference"),
-    *("epoch", "evaluation", "tokens", "models", "stages"),
+    *("evaluation", "tokens"),
 )
 TOKENS = (64, 256, 1024, 4096, 16384)
 MOST_GATHERED = 4096  # tokens; at 16,384 the straightforward layer takes tens of GiB
@@ -66,16 +48,16 @@ MOST_GATHERED = 4096  # tokens; at 16,384 the straightforward layer takes tens o
 
 @dataclass
 class Effort:
-    """How long to measure: rounds per row, at most, seconds after which fewer will do, sizes."""
+    """How long to measure: rounds per row, at most, seconds after which 3 will do, sizes."""
 
     rounds: int = 15
     seconds: float = 30
-    epoch_images: int = 1024  # on a CPU; a GPU goes through all
+    batch_size: int = 64
     evaluation_images: int = 10_000
     tokens: tuple = TOKENS
 
 
-QUICK = Effort(rounds=2, seconds=3, epoch_images=64, evaluation_images=256, tokens=TOKENS[:3])
+QUICK = Effort(rounds=2, seconds=3, evaluation_images=256, tokens=TOKENS[:3])
 
 
 class DenseAttention(nn.Module):
@@ -94,12 +76,12 @@ class DenseAttention(nn.Module):
         return self.out_proj(attended), x.new_ones(*x.shape[:2], 1)
 
 
-def make_variants(device):
+def make_variants(device, names=("this", "straightforward", "dense", "refined")):
     """{name: SmallViT}: this model, with the straightforward layer, with dense attention."""
     variants = {}
-    for name in ("this", "straightforward", "dense"):
+    for name in names:
         torch.manual_seed(0)
-        model = SmallViT()
+        model = SmallViT(MODELS["refined" if name == "refined" else "published"])
         for block in model.blocks:
             if name == "straightforward":
                 block.attention.forward = partial(straightforward_moe, block.attention)
@@ -137,150 +119,57 @@ def tokens_of(model, images):
         return model.blocks[0].norm1(model.embed(images)[0])
 
 
+def forward_pass(module, inputs, in_dtype):
+    with torch.inference_mode(), in_dtype():
+        module(inputs)
+
+
 def both_passes(layer, tokens, in_dtype):
-    """A function() that runs a layer forward and backward."""
-    tokens = tokens.clone().requires_grad_()
-
-    def run():
-        with in_dtype():
-            output = layer(tokens)[0]
-        output.float().sum().backward()
-
-    return run
+    with in_dtype():
+        output = layer(tokens.detach().requires_grad_())[0]
+    output.float().sum().backward()
 
 
-def functions_of(row, variants, train_set, eval_set, args):
+def functions_of(row, variants, train_set, eval_set, effort, args):
     """What a row times, for each variant: ({name: function()}, images that each goes through)."""
-    dtype = getattr(torch, args.dtype)
-    batches = partial(train_set.shuffled_batches, args.batch_size, args.seed, epoch=1)
-    noisy, clean, _ = next(batches())
-    in_dtype = partial(autocast, noisy.device, dtype)
+    noisy, clean, _ = next(train_set.shuffled_batches(effort.batch_size, args.seed, epoch=1))
+    in_dtype = partial(autocast, noisy.device, args.dtype)
     functions = {}
     for name, model in variants.items():
-        layer, tokens, optimizer = (
-            model.blocks[0].attention,
-            tokens_of(model, noisy),
-            make_optimizer(model, 1e-4),
-        )
-        fast = model.train()
-        if args.compile and name != "straightforward" and row in ("training step", "epoch"):
-            fast = compiled(model, noisy, dtype)
-            if fast is model:
-                raise UserError("--compile: there is nothing compiled to time; drop the option")
-
-        def forward(layer=layer, tokens=tokens):
-            with torch.inference_mode(), in_dtype():
-                layer(tokens)
-
-        step = partial(training_step, fast, optimizer, dtype=dtype)
-        if name != "straightforward" and row in ("training step", "epoch"):
-            step = warmed_up(replayed(step, optimizer), noisy, clean)
-
-        def epoch(step=step):
-            losses = [step(noisy, clean) for noisy, clean, _ in batches()]
-            torch.stack(losses).tolist()
-
-        functions[name] = {
-            "layer forward": forward,
-            "layer forward+backward": both_passes(layer, tokens, in_dtype),
-            "training step": partial(step, noisy, clean),
-            "inference": partial(infer, model, noisy, in_dtype),
-            "epoch": epoch,
-            "evaluation": partial(evaluate, model, eval_set),
-        }[row]
-        model.train(row not in ("inference", "evaluation"))
+        model.train()
+        if row.startswith("layer"):
+            passes = both_passes if row.endswith("backward") else forward_pass
+            layer, tokens = model.blocks[0].attention, tokens_of(model, noisy)
+            functions[name] = partial(passes, layer, tokens, in_dtype)
+        elif row == "training step":
+            functions[name] = partial(make_step(name, model, noisy, clean, args), noisy, clean)
+        elif row == "inference":
+            functions[name] = partial(forward_pass, model.eval(), noisy, in_dtype)
+        else:
+            functions[name] = partial(evaluate, model, eval_set)
     if row == "evaluation":
         del functions["straightforward"]  # takes minutes, and inference has a row of its own
-    images = {"epoch": len(train_set), "evaluation": len(eval_set)}.get(row, len(noisy))
-    return functions, images
+    return functions, len(eval_set) if row == "evaluation" else len(noisy)
 
 
-def warmed_up(step, noisy, clean):
-    """The step, which has been recorded by then where it is one that gets replayed.
+def make_step(name, model, noisy, clean, args):
+    """The training step of a variant: compiled and replayed as training does it.
 
     Raises:
         UserError: it could not be recorded.
     """
+    recipe = replace(RECIPES["refined" if name == "refined" else "published"], dtype=args.dtype)
+    optimizer = make_optimizer(model, recipe.optimizer, 1e-4, recipe.weight_decay)
+    if name == "straightforward":
+        return partial(training_step, model, optimizer, recipe=recipe)
+    fast = compiled(model) if args.compile else model
+    step = replayed(partial(training_step, fast, optimizer, recipe=recipe), optimizer)
     if isinstance(step, ReplayedStep):
         for _ in range(WARM_UP_STEPS + 1):
             step(noisy, clean)
         if not step.graph:
             raise UserError("there is no replayed step to time; drop this row from --rows")
     return step
-
-
-def grouped_moe(moe, x):
-    """AdaptiveAttentionMoE without the folding of its output projections."""
-    groups = {}
-    for expert in moe.experts:
-        groups.setdefault(min(expert.k_attend, x.shape[1]), []).append(expert)
-    attended = {}
-    for experts in groups.values():
-        parts = attend_as_one(experts, x).chunk(len(experts), dim=-1)
-        attended |= zip(experts, parts, strict=True)
-    return straightforward_moe(moe, x, lambda expert, _: expert.out_proj(attended[expert]))
-
-
-# What makes the layer fast, one step after the other; each stage includes those before it.
-STAGES = {
-    "selected values gathered": straightforward_moe,
-    "scores masked instead": partial(
-        straightforward_moe, run_expert=partial(straightforward_expert, attention=topk_attention)
-    ),
-    "q, k, v of an expert in one product": partial(
-        straightforward_moe, run_expert=lambda expert, x: expert(x)
-    ),
-    "experts of equal budget together": grouped_moe,
-    "output projections folded": None,
-}
-
-
-def make_stages(device):
-    """{stage: (this model at that stage, optimizer)}."""
-    stages = {}
-    for name, forward in STAGES.items():
-        model = make_variants(device)["this"]
-        for block in model.blocks:
-            if forward:
-                block.attention.forward = partial(forward, block.attention)
-        stages[name] = (model, "adamw")
-    return stages
-
-
-def make_models(device):
-    """{name: (model of --model, optimizer)}, each with both optimizers."""
-    return {
-        f"{name}, {optimizer}": (SmallViT(**config).to(device), optimizer)
-        for name, config in MODELS.items()
-        for optimizer in ("adamw", "muon")
-    }
-
-
-def measure_side_by_side(contestants, noisy, clean, effort, args):
-    """The training step and inference of each (model, optimizer), uncompiled: a dict for each."""
-    steps, inference = {}, {}
-    dtype = getattr(torch, args.dtype)
-    for name, (model, optimizer) in contestants.items():
-        optimizer = make_optimizer(model.train(), 1e-4, optimizer)
-        step = replayed(partial(training_step, model, optimizer, dtype=dtype), optimizer)
-        steps[name] = partial(warmed_up(step, noisy, clean), noisy, clean)
-        inference[name] = partial(infer, model, noisy, partial(autocast, noisy.device, dtype))
-    step_seconds = alternate(steps, effort, noisy.device)
-    for model, _ in contestants.values():
-        model.eval()
-    inference_seconds = alternate(inference, effort, noisy.device)
-    print("\n| | training step (ms) | inference (ms) |\n|---|---|---|")
-    rows = []
-    for name in contestants:
-        seconds = {"training step": step_seconds[name], "inference": inference_seconds[name]}
-        rows.append({"name": name, "seconds": seconds})
-        print(f"| {name} | {' | '.join(f'{1e3 * s:.1f}' for s in seconds.values())} |", flush=True)
-    return rows
-
-
-def infer(model, noisy, in_dtype):
-    with torch.inference_mode(), in_dtype():
-        model(noisy)
 
 
 def mosaic(images, tokens):
@@ -292,8 +181,8 @@ def mosaic(images, tokens):
 
 def measure_tokens(images, effort, device, args):
     """The layer forward and backward on 1 sequence of growing length: one dict per length."""
-    variants = make_variants(device)
-    in_dtype = partial(autocast, device, getattr(torch, args.dtype))
+    variants = make_variants(device, ("this", "straightforward", "dense"))
+    in_dtype = partial(autocast, device, args.dtype)
     peaks = {}
     for name in variants:
         lengths = [n for n in effort.tokens if name != "straightforward" or n <= MOST_GATHERED]
@@ -312,7 +201,7 @@ def measure_tokens(images, effort, device, args):
         for name, model in variants.items():
             if tokens in peaks[name]:
                 x = tokens_of(model, mosaic(images, tokens))
-                functions[name] = both_passes(model.blocks[0].attention, x, in_dtype)
+                functions[name] = partial(both_passes, model.blocks[0].attention, x, in_dtype)
         seconds = alternate(functions, effort, device)
         extra = {name: peaks[name][tokens] for name in functions}
         rows.append({"tokens": tokens, "seconds": seconds, "extra_bytes": extra})
@@ -325,15 +214,15 @@ def measure_tokens(images, effort, device, args):
 def peak_memory(name, images, lengths, device, dtype, threads=None):
     """{length: peak extra bytes} of a variant's layer forward and backward; lengths ascend."""
     select_device(device.type, threads)
-    model, images = make_variants(device)[name], torch.from_numpy(images).to(device)
-    in_dtype = partial(autocast, device, getattr(torch, dtype))
+    model, images = make_variants(device, (name,))[name], torch.from_numpy(images).to(device)
+    in_dtype = partial(autocast, device, dtype)
     inputs = {tokens: tokens_of(model, mosaic(images, tokens)) for tokens in lengths}
-    both_passes(model.blocks[0].attention, inputs[lengths[0]], in_dtype)()  # warm-up
+    both_passes(model.blocks[0].attention, inputs[lengths[0]], in_dtype)  # warm-up
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start, peaks = peak_bytes(device), {}
     for tokens, x in inputs.items():
-        both_passes(model.blocks[0].attention, x, in_dtype)()
+        both_passes(model.blocks[0].attention, x, in_dtype)
         peaks[tokens] = peak_bytes(device) - start
     return peaks
 
@@ -363,26 +252,22 @@ def count_flops(function, *inputs):
 
 def parse_args():
     parser = make_parser(
-        "Times this implementation side by side with the straightforward one and with dense "
-        "attention. On a CUDA device training steps are replayed as in training, except for the "
-        "straightforward one in the first table.",
-        *("dataset", "data-dir", "batch-size", "seed", "device", "threads", "dtype", "compile"),
+        "Times this implementation side by side with the straightforward one, with dense "
+        "attention and with the refined model. On a CUDA device training steps are replayed as in "
+        "training, except for the straightforward one.",
+        "python benchmark.py --dataset photos --quick",
+        *("dataset", "data-dir", "seed", "device", "threads", "dtype", "compile"),
     )
-    parser.add_argument(
-        "--repeats",
-        type=number(int, 1),
-        default=15,
-        help="timed rounds per row; slow rows get fewer, but at least 3 (default: %(default)s)",
-    )
-    parser.add_argument(
+    group = parser.add_argument_group("benchmark")
+    group.add_argument(
         "--rows",
         nargs="+",
         choices=ROWS,
-        default=ROWS[:-1],
+        default=ROWS,
         metavar="ROW",
-        help=f"what to time, out of: {', '.join(ROWS)} (default: all but stages)",
+        help=f"what to time, out of: {', '.join(ROWS)} (default: all)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--quick",
         action="store_true",
         help="2 rounds, fewer images, at most 1,024 tokens: about a minute (default: no)",
@@ -395,13 +280,11 @@ def main():
     args = parse_args()
     check_writable(args.output)
     device = select_device(args.device, args.threads)
-    effort = QUICK if args.quick else Effort(rounds=args.repeats)
+    effort = QUICK if args.quick else Effort()
     source = load_images(args.dataset, args.data_dir, args.seed)
     train_set, _, test_set = noisy_splits(source, 0.2)
     eval_indices = torch.arange(effort.evaluation_images) % len(test_set)
     eval_set = NoisyImageDataset(test_set.split[eval_indices])
-    if device.type == "cpu":
-        train_set.split = train_set.split[: effort.epoch_images]
     train_set = train_set.to(device)
     variants = make_variants(device)
     machine = {
@@ -409,33 +292,25 @@ def main():
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "batch_size": args.batch_size,
         "dtype": args.dtype,
-        "compile": bool(args.compile),
+        "compile": args.compile,
         "dataset": source.name,
         **asdict(effort),
     }
     for name, value in machine.items():
         print(f"{name:<18} {value}")
-    for name, model in variants.items():
-        print(f"{name:<18} {count_parameters(model):,} parameters")
 
-    results = {"machine": machine, "rows": [], "tokens": [], "models": [], "stages": []}
-    rows = [row for row in args.rows if row not in ("tokens", "models", "stages")]
+    results = {"machine": machine, "rows": [], "tokens": []}
+    rows = [row for row in args.rows if row != "tokens"]
     if rows:
-        print(
-            "\n| row | this (ms) | straightforward (ms) | times faster | dense (ms) "
-            "| this, images/s | share of the matmul rate |\n|---|---|---|---|---|---|---|"
-        )
+        columns = [f"{name} (ms)" for name in variants]
+        columns += ["times faster", "this, images/s", "part of the matmul rate"]
+        print(f"\n| row | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in rows:
         results["rows"].append(measure(row, variants, train_set, eval_set, effort, args))
     if "tokens" in args.rows:
         images = next(train_set.shuffled_batches(256, args.seed, epoch=1))[0]
         results["tokens"] = measure_tokens(images, effort, device, args)
-    for row, make in (("models", make_models), ("stages", make_stages)):
-        if row in args.rows:
-            noisy, clean, _ = next(train_set.shuffled_batches(args.batch_size, args.seed, epoch=1))
-            results[row] = measure_side_by_side(make(device), noisy, clean, effort, args)
     with replace_when_complete(args.output) as path:
         path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nwrote {args.output}")
@@ -444,7 +319,7 @@ def main():
 
 def measure(row, variants, train_set, eval_set, effort, args):
     """Times one row and prints it; returns its figures."""
-    functions, images = functions_of(row, variants, train_set, eval_set, args)
+    functions, images = functions_of(row, variants, train_set, eval_set, effort, args)
     # The machine's own matrix product takes turns with the variants: its rate drifts as well.
     dtype = getattr(torch, args.dtype)
     side = 8192 if train_set.device.type == "cuda" else 1024  # small ones time the launch alone
@@ -455,20 +330,14 @@ def measure(row, variants, train_set, eval_set, effort, args):
     result |= {"seconds": seconds, "images_per_second": images / seconds["this"]}
     if "straightforward" in seconds:
         result["times_faster"] = seconds["straightforward"] / seconds["this"]
-    if row not in ("epoch", "evaluation"):
+    if row != "evaluation":
         result["gflop"] = count_flops(functions["this"]) / 1e9
-        rate = result["gflop"] / seconds["this"]
-        result["share_of_matmul_rate"] = rate / result["matmul_gflops"]
-    times = [f"{1e3 * seconds[n]:.1f}" if n in seconds else "–" for n in variants]
-    print(
-        f"| {row} ({images:,} images) | {times[0]} | {times[1]} "
-        f"| {result.get('times_faster', math.nan):.1f} | {times[2]} "
-        f"| {result['images_per_second']:,.0f} "
-        f"| {result.get('share_of_matmul_rate', math.nan):.0%} |".replace("nan%", "–").replace(
-            "nan", "–"
-        ),
-        flush=True,
-    )
+        result["part_of_rate"] = result["gflop"] / seconds["this"] / result["matmul_gflops"]
+    cells = [f"{1e3 * seconds[n]:.1f}" if n in seconds else "–" for n in variants]
+    cells.append(f"{result['times_faster']:.1f}" if "times_faster" in result else "–")
+    cells.append(f"{result['images_per_second']:,.0f}")
+    cells.append(f"{result['part_of_rate']:.0%}" if "part_of_rate" in result else "–")
+    print(f"| {row} ({images:,} images) | {' | '.join(cells)} |", flush=True)
     return result
 
 

@@ -3,25 +3,19 @@
     python compare_baselines.py --dataset photos --checkpoint photos.pt
 
 Every classical method gets the strength, out of a short list, that is best on these very test
-images: the comparison favours them. A row of its own shows the model averaged over flips and
-rotations, at eight times the cost. Prints a Markdown table.
+images: the comparison favours them. Prints a Markdown table.
 """
 
 import numpy as np
-import torch
 from skimage.filters import gaussian
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
 from tqdm import tqdm
 
-from command_line import make_parser, run_main
-from denoising_experiment_proper import (
-    evaluate,
-    load_for_evaluation,
-    noisy_splits,
-    psnr,
-    result_line,
-    ssim,
-)
+from experiment.command_line import make_parser
+from experiment.evaluation import evaluate, psnr, result_line, ssim
+from experiment.noisy_images import noise_text, noisy_splits
+from experiment.user_errors import run_main
+from small_vit import load_for_evaluation
 
 
 def baselines(sigma):
@@ -72,40 +66,16 @@ def best_of(denoise, strengths, dataset):
     return max(results, key=lambda result: result[1].mean())
 
 
-class SelfEnsemble(torch.nn.Module):
-    """The mean of a model's outputs for the eight flips and rotations of an image, each undone.
-
-    "Geometric self-ensemble" of Lim et al., "Enhanced Deep Residual Networks", 2017. For square
-    images [B, 3, h, h]; the routing that it returns is that of the unturned image.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, noisy, return_routing=False):
-        """[B, 3, h, h] -> [B, 3, h, h], in [0, 1] in evaluation mode."""
-        image, routings = self.model(noisy, return_routing=True)
-        images = [image]
-        for turns in range(4):
-            for mirror in (False, True):
-                if turns or mirror:
-                    turned = noisy.flip(3) if mirror else noisy
-                    turned = self.model(turned.rot90(turns, (2, 3))).rot90(-turns, (2, 3))
-                    images.append(turned.flip(3) if mirror else turned)
-        image = torch.stack(images).mean(0)
-        return (image, routings) if return_routing else image
-
-
 def main():
     parser = make_parser(
         "Compares a trained model with classical denoisers on the same noisy test images.",
+        "python compare_baselines.py --dataset photos --checkpoint photos.pt",
         *("checkpoint", "dataset", "data-dir", "noise-level", "device", "threads"),
     )
-    _, model, source, noise_level = load_for_evaluation(parser.parse_args())
-    test_set = noisy_splits(source, noise_level)[2]
-    methods = baselines(noise_level)
-    print(f"\n{source.name}, {len(test_set):,} test images, σ = {noise_level:g}\n")
+    _, model, source, noise_range = load_for_evaluation(parser.parse_args())
+    test_set = noisy_splits(source, noise_range)[2]
+    methods = baselines(noise_range[0])
+    print(f"\n{source.name}, {len(test_set):,} test images, {noise_text(noise_range)}\n")
     print("| method | PSNR (dB) | SSIM |\n|---|---|---|")
     for name in tqdm(methods, "methods", leave=False, disable=None):
         denoise, strengths = methods[name]
@@ -114,8 +84,6 @@ def main():
         print_row(name + tuned, psnrs, ssims)
     result = evaluate(model, test_set)
     print_row("**this model**", result.psnr, result.ssim)
-    ensemble = evaluate(SelfEnsemble(model), test_set)
-    print_row("its self-ensemble, 8 turns", ensemble.psnr, ensemble.ssim)
     print(f"\n{result_line(result.psnr, result.ssim, source.name)}")
     return 0
 

@@ -7,9 +7,10 @@ Says loudly when something looks wrong, and then exits with 1.
 
 import torch
 
-from command_line import make_parser, run_main
-from denoising_experiment_proper import noisy_splits
-from image_sources import load_images
+from experiment.command_line import make_parser
+from experiment.image_sources import load_images
+from experiment.noisy_images import noise_text, noisy_splits
+from experiment.user_errors import run_main
 
 
 def normalisation_problems(images):
@@ -45,12 +46,13 @@ def shared_images(some, others):
 def main():
     parser = make_parser(
         "Inspects ranges and statistics of the data; exits with 1 when something looks wrong.",
+        "python debug_test_data.py --dataset photos",
         *("dataset", "data-dir", "noise-level", "seed"),
     )
     args = parser.parse_args()
     source = load_images(args.dataset, args.data_dir, args.seed)
     problems = []
-    print(f"{source.name}: {len(source.classes)} classes, σ = {args.noise_level:g}")
+    print(f"{source.name}: {len(source.classes)} classes, {noise_text(args.noise_level)}")
     datasets = noisy_splits(source, args.noise_level)
     for name, dataset in zip(("train", "val", "test"), datasets, strict=True):
         images = dataset.split.images

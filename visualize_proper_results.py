@@ -2,42 +2,31 @@
 
     python visualize_proper_results.py     # best_denoising_model_proper.pt on CIFAR-10
 
-Writes denoising_visualization_proper.png, six images from the worst to the best decile;
-denoising_visualization_proper_images.csv, the figures of every test image; and
-denoising_visualization_proper_noise_levels.png, PSNR against σ.
+Writes denoising_visualization_proper.png, six images from the worst to the best decile, and
+denoising_visualization_proper_images.csv, the figures of every test image; prints PSNR against σ.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from command_line import (
-    add_output,
-    check_writable,
-    make_parser,
-    replace_when_complete,
-    run_main,
-)
-from denoising_experiment_proper import (
-    NoisyImageDataset,
-    denoise_batches,
+from experiment.command_line import add_output, make_parser
+from experiment.evaluation import (
     evaluate,
-    load_for_evaluation,
-    noise_range,
-    noisy_splits,
     psnr,
+    psnr_against_noise,
     result_line,
     ssim,
 )
-from run_files import check_picture
+from experiment.noisy_images import noise_text, noisy_splits
+from experiment.run_files import check_picture, check_writable, write_csv, write_figure
+from experiment.user_errors import run_main
+from small_vit import load_for_evaluation
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
 PERCENTILES = (5, 23, 41, 59, 77, 95)
-NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
-NOISE_LEVEL_IMAGES = 1024  # at most, the first of the test set
 
 
 def rank_images(psnrs):
@@ -59,7 +48,7 @@ def summary_table(result):
     return "\n".join(rows)
 
 
-def draw(model, dataset, indices, k_attend, title):
+def draw_images(model, dataset, indices, k_attend, title):
     """Figure: a row per image; noisy, denoised and true, then each block's expert weights.
 
     Args:
@@ -72,7 +61,7 @@ def draw(model, dataset, indices, k_attend, title):
     device = next(model.parameters()).device
     noisy, clean, _ = (torch.stack(t) for t in zip(*(dataset[i] for i in indices), strict=True))
     with torch.inference_mode():
-        restored, routings = model(noisy.to(device), return_routing=True)
+        restored, routings = model(noisy.to(device))
     restored = restored.cpu()
     # [images, blocks, E, grid, grid]
     maps = torch.stack(routings, 1).transpose(2, 3).unflatten(3, (model.grid, model.grid)).cpu()
@@ -120,47 +109,11 @@ def draw(model, dataset, indices, k_attend, title):
     return figure
 
 
-def psnr_against_noise(model, test_set):
-    """Mean PSNR in dB of noisy and denoised images at NOISE_LEVELS.
-
-    Args:
-        model: SmallViT.
-        test_set: NoisyImageDataset; its own σ does not matter.
-
-    Returns:
-        list of (σ, PSNR of the noisy images, PSNR of the denoised ones).
-    """
-    split = test_set.split[:NOISE_LEVEL_IMAGES]
-    rows = []
-    for noise_level in NOISE_LEVELS:
-        dataset = NoisyImageDataset(split, noise_level, test_set.stream)
-        scores = [
-            (psnr(x, target), psnr(y, target))
-            for noisy, restored, clean, _ in denoise_batches(model, dataset)
-            for x, y, target in zip(noisy.numpy(), restored.numpy(), clean.numpy(), strict=True)
-        ]
-        rows.append((noise_level, *np.mean(scores, 0)))
-    return rows
-
-
-def draw_noise_levels(rows, trained_on, title):
-    """Figure: PSNR of noisy and denoised images against σ; a band where the model was trained."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    levels, before, after = zip(*rows, strict=True)
-    axis.plot(levels, after, "o-", label="denoised")
-    axis.plot(levels, before, "s--", color="grey", label="noisy")
-    low, high = noise_range(trained_on)
-    axis.axvspan(low - 0.002, high + 0.002, color="tab:blue", alpha=0.15, lw=0, label="trained on")
-    axis.set(xlabel="σ of the noise", ylabel="mean PSNR (dB)", title=title)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    return figure
-
-
 def main():
     parser = make_parser(
         "Tests a checkpoint on the whole test set; draws six images from the worst to the best "
         "decile with the router's decisions; writes a CSV with every image's figures beside it.",
+        "python visualize_proper_results.py --checkpoint photos.pt --output photos.png",
         *("checkpoint", "dataset", "data-dir", "noise-level", "device", "threads"),
     )
     add_output(parser, "denoising_visualization_proper.png", "picture to write")
@@ -168,35 +121,33 @@ def main():
     output = Path(args.output)
     table = output.with_name(f"{output.stem}_images.csv")
     check_picture(output)
-    curve = output.with_name(f"{output.stem}_noise_levels{output.suffix}")
     check_writable(table)
-    check_writable(curve)
-    checkpoint, model, source, noise_level = load_for_evaluation(args)
-    test_set = noisy_splits(source, noise_level)[2]
+    _, model, source, noise_range = load_for_evaluation(args)
+    test_set = noisy_splits(source, noise_range)[2]
     result = evaluate(model, test_set)
 
-    with replace_when_complete(table) as path, open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "class", "noisy_psnr_db", "psnr_db", "ssim"])
-        scores = zip(result.noisy_psnr, result.psnr, result.ssim, strict=True)
-        for index, (before, after, similarity) in enumerate(scores):
-            name = source.classes[test_set.split.labels[index]]
-            writer.writerow([index, name, f"{before:.4f}", f"{after:.4f}", f"{similarity:.5f}"])
+    rows = [
+        {
+            "image": index,
+            "class": source.classes[test_set.split.labels[index]],
+            "noisy_psnr_db": f"{before:.4f}",
+            "psnr_db": f"{after:.4f}",
+            "ssim": f"{similarity:.5f}",
+        }
+        for index, (before, after, similarity) in enumerate(
+            zip(result.noisy_psnr, result.psnr, result.ssim, strict=True)
+        )
+    ]
+    write_csv(rows, table)
     line = result_line(result.psnr, result.ssim, source.name)
-    title = f"Worst to best of {len(test_set):,} test images, σ = {noise_level:g}\n{line}"
-    figure = draw(model, test_set, rank_images(result.psnr), model.config["k_attend"], title)
-    with replace_when_complete(output) as path:
-        figure.savefig(path, dpi=110)
-    levels = psnr_against_noise(model, test_set)
-    title = f"{source.name}, {min(len(test_set), NOISE_LEVEL_IMAGES):,} test images"
-    figure = draw_noise_levels(levels, checkpoint["recipe"]["noise_level"], title)
-    with replace_when_complete(curve) as path:
-        figure.savefig(path, dpi=110)
+    title = f"Worst to best of {len(test_set):,} test images, {noise_text(noise_range)}\n{line}"
+    budgets = model.config.k_attend
+    write_figure(draw_images(model, test_set, rank_images(result.psnr), budgets, title), output)
     print(summary_table(result))
     print("\n| σ | noisy (dB) | denoised (dB) |\n|---|---|---|")
-    for level, before, after in levels:
+    for level, before, after in psnr_against_noise(model, test_set):
         print(f"| {level:.2f} | {before:.2f} | {after:.2f} |")
-    print(f"\nwrote {output}, {table} and {curve}")
+    print(f"\nwrote {output} and {table}")
     print(line)
     return 0
 

@@ -10,32 +10,28 @@ import math
 import torch
 from matplotlib import pyplot as plt
 
-from command_line import (
-    add_output,
-    make_parser,
-    replace_when_complete,
-    run_main,
-)
-from denoising_experiment_proper import noisy_splits
-from image_sources import load_images
-from run_files import check_picture
+from experiment.command_line import add_output, make_parser
+from experiment.image_sources import load_images
+from experiment.noisy_images import noisy_splits
+from experiment.run_files import check_picture, write_figure
+from experiment.user_errors import run_main
 
 MEASURED_IMAGES = 4096  # at most; 12.6 million values fix the standard deviation to 0.03 %
 
 
-def clipped_noise(value_share, sigma, edges):
+def clipped_noise(value_frequency, sigma, edges):
     """Theory of noisy - clean for noisy = clamp(clean + σ·N(0, 1), 0, 1).
 
     For a clean value c the difference is normal, with all that lies beyond -c and 1 - c moved to
     these two values (a censored normal distribution).
 
     Args:
-        value_share: float64 [256], share of each clean value 0/255 … 255/255.
+        value_frequency: float64 [256], part of each clean value 0/255 … 255/255.
         sigma: standard deviation of the noise, above 0.
         edges: float64 [m + 1], edges of histogram bins.
 
     Returns:
-        (mean, std, share of the values in each bin [m]).
+        (mean, std, part of the values in each bin [m]).
     """
     clean = torch.arange(256, dtype=torch.float64) / 255
     low, high = -clean / sigma, (1 - clean) / sigma  # in units of σ
@@ -46,13 +42,13 @@ def clipped_noise(value_share, sigma, edges):
     mean = low * below + high * above + density_low - density_high
     inside = 1 - below - above + low * density_low - high * density_high
     square = low**2 * below + high**2 * above + inside
-    mean = (value_share * mean).sum() * sigma
-    std = ((value_share * square).sum() * sigma**2 - mean**2).sqrt()
+    mean = (value_frequency * mean).sum() * sigma
+    std = ((value_frequency * square).sum() * sigma**2 - mean**2).sqrt()
 
     edges = edges[:, None]
     cumulative = torch.special.ndtr(edges / sigma)
     cumulative = cumulative.where(edges >= -clean, 0.0).where(edges < 1 - clean, 1.0)
-    return mean.item(), std.item(), ((cumulative * value_share).sum(1)).diff()
+    return mean.item(), std.item(), ((cumulative * value_frequency).sum(1)).diff()
 
 
 def check_noise(noisy, clean, sigma):
@@ -67,9 +63,9 @@ def check_noise(noisy, clean, sigma):
     """
     difference = (noisy - clean).double()
     values = difference.numel()
-    share = torch.bincount((clean * 255).round().long().flatten(), minlength=256) / values
+    frequency = torch.bincount((clean * 255).round().long().flatten(), minlength=256) / values
     if sigma > 0:
-        mean, std, _ = clipped_noise(share.double(), sigma, torch.zeros(1, dtype=torch.float64))
+        mean, std, _ = clipped_noise(frequency.double(), sigma, torch.zeros(1, dtype=torch.float64))
     else:
         mean, std = 0.0, 0.0
     error = std / math.sqrt(values)  # standard error of the mean
@@ -81,7 +77,7 @@ def check_noise(noisy, clean, sigma):
     ], difference
 
 
-def draw(noisy, clean, difference, sigma, title):
+def draw_samples(noisy, clean, difference, sigma, title):
     """Figure: six rows clean → noisy → difference, and the histogram of the noise."""
     rows = min(6, len(clean))
     figure = plt.figure(figsize=(11, 1.5 * rows + 1), layout="constrained")
@@ -103,8 +99,8 @@ def draw(noisy, clean, difference, sigma, title):
     width = (edges[1] - edges[0]).item()
     axis.stairs(counts / width, edges, fill=True, color="tab:blue", alpha=0.5, label="measured")
     if sigma > 0:
-        share = torch.bincount((clean * 255).round().long().flatten(), minlength=256)
-        _, _, theory = clipped_noise(share / share.sum().double(), sigma, edges)
+        counted = torch.bincount((clean * 255).round().long().flatten(), minlength=256)
+        _, _, theory = clipped_noise(counted / counted.sum().double(), sigma, edges)
         middle = (edges[1:] + edges[:-1]) / 2
         axis.plot(middle, theory / width, "k-", lw=1, label="theory: N(0, σ²) clamped with image")
         normal = torch.exp(-((middle / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
@@ -120,6 +116,7 @@ def main():
     parser = make_parser(
         "Draws training samples, compares their noise with its theory and exits with 1 when it "
         "is off.",
+        "python visualize_training_data.py --dataset photos",
         *("dataset", "data-dir", "noise-level", "seed"),
     )
     add_output(parser, "training_data_verification.png", "picture to write")
@@ -127,8 +124,9 @@ def main():
     check_picture(args.output)
     source = load_images(args.dataset, args.data_dir, args.seed)
     train_set = noisy_splits(source, args.noise_level)[0]
+    sigma = args.noise_level[0]
     noisy, clean, _ = next(train_set.shuffled_batches(MEASURED_IMAGES, args.seed, epoch=1))
-    checks, difference = check_noise(noisy, clean, args.noise_level)
+    checks, difference = check_noise(noisy, clean, sigma)
 
     print(f"{source.name}: {len(noisy):,} of {len(train_set):,} training images")
     wrong = 0
@@ -139,10 +137,8 @@ def main():
             f"  {quantity:<20} {measured:9.5f}   expected {expected:.5f} ± {tolerance:.5f}"
             f"{'   OFF' if off else ''}"
         )
-    title = f"{source.name}, training samples of epoch 1, σ = {args.noise_level:g}"
-    figure = draw(noisy, clean, difference, args.noise_level, title)
-    with replace_when_complete(args.output) as path:
-        figure.savefig(path, dpi=110)
+    title = f"{source.name}, training samples of epoch 1, σ = {sigma:g}"
+    write_figure(draw_samples(noisy, clean, difference, sigma, title), args.output)
     print(f"wrote {args.output}")
     print("the noise is OFF" if wrong else "the noise is as it should be")
     return 1 if wrong else 0

@@ -14,9 +14,9 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_attention_moe import AdaptiveAttentionMoE
-from command_line import run_main
-from denoising_experiment_proper import MODELS, SmallViT
-from image_sources import load_images
+from experiment.image_sources import load_images
+from experiment.user_errors import run_main
+from small_vit import MODELS, SmallViT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,7 +65,7 @@ def vit(seeded):
 @pytest.fixture
 def refined(seeded):
     """The refined model with its zero-initialised layers filled in."""
-    model = SmallViT(**MODELS["refined"])
+    model = SmallViT(MODELS["refined"])
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -124,7 +124,7 @@ def run_script(name, *arguments, cwd, **environment):
         env={**os.environ, "PYTHONHASHSEED": "0", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
 
 
@@ -141,8 +141,9 @@ def assert_refused(process, *words):
 def trained(tmp_path_factory):
     """A run of the training script on photos: its folder, its output, its checkpoint."""
     path = tmp_path_factory.mktemp("trained")
-    # Small batches: many steps in little time.
-    options = ("--epochs", 4, "--batch-size", 16, "--lr", 2e-3, "--output", "model.pt")
+    # Small batches and Muon: far in little time.
+    options = ("--optimizer", "muon", "--lr", 4e-3, "--epochs", 2, "--batch-size", 16)
+    options += ("--output", "model.pt")
     process = run_script(
         "denoising_experiment_proper.py", "--dataset", "photos", *options, cwd=path
     )

@@ -1,7 +1,6 @@
 """Training steps recorded as a CUDA graph: the GPU starts hundreds of kernels at one command.
 
-A step of so small a model has 400 to 1,000 kernels. Starting them one by one takes a CPU several
-times longer than they run.
+Starting the 400 to 1,000 of a step one by one takes a CPU several times longer than they run.
 """
 
 import contextlib
@@ -9,7 +8,7 @@ import contextlib
 import torch
 from tqdm import tqdm
 
-from data_parallel import world_size
+from experiment.data_parallel import world_size
 
 WARM_UP_STEPS = 3  # in which libraries set themselves up, which cannot be recorded
 
@@ -18,10 +17,9 @@ def replayed(step, optimizer):
     """A training step that is replayed where that works: on a CUDA device, in a single process.
 
     Args:
-        step: function(noisy, clean, batch_size=None) -> tensor, which takes a step of the optimizer
-            and never waits for the device.
-        optimizer: of make_optimizer; its parameters' device decides. Between steps nothing but its
-            learning rates may change.
+        step: function(noisy, clean) -> tensor, which takes a step of the optimizer and never waits
+            for the device.
+        optimizer: of make_optimizer. Between steps nothing but its learning rates may change.
 
     Returns:
         ReplayedStep, or elsewhere the step itself; called and working alike.
@@ -34,7 +32,7 @@ class ReplayedStep:
     """Takes the first steps as they come, records one, and replays it from then on.
 
     Batches of another shape than the first are left to the step itself, as all are where it cannot
-    be recorded, which is then said. A replay has the batch_size of the recording.
+    be recorded, which is then said.
     """
 
     def __init__(self, step, optimizer):
@@ -42,21 +40,21 @@ class ReplayedStep:
         self.graph, self.shape, self.warm_up = None, None, WARM_UP_STEPS
         self.stream = torch.cuda.Stream()  # a step has to be warmed up where it is recorded
 
-    def __call__(self, noisy, clean, batch_size=None):
+    def __call__(self, noisy, clean):
         """As the step itself."""
         self.shape = self.shape or noisy.shape
         if noisy.shape != self.shape or self.warm_up is None:
-            return self.step(noisy, clean, batch_size)
+            return self.step(noisy, clean)
         if self.warm_up:
             self.warm_up -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                result = self.step(noisy, clean, batch_size)
+                result = self.step(noisy, clean)
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
-        if not self.graph and not self._record(noisy, clean, batch_size):
+        if not self.graph and not self._record(noisy, clean):
             self.warm_up = None
-            return self.step(noisy, clean, batch_size)
+            return self.step(noisy, clean)
         self.noisy.copy_(noisy)
         self.clean.copy_(clean)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
@@ -64,7 +62,7 @@ class ReplayedStep:
         self.graph.replay()
         return self.result.clone()
 
-    def _record(self, noisy, clean, batch_size):
+    def _record(self, noisy, clean):
         """Whether the step is in self.graph now. Recording runs nothing."""
         self.noisy, self.clean = noisy.clone(), clean.clone()
         before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
@@ -73,7 +71,7 @@ class ReplayedStep:
                 rates_on_device(self.optimizer) as self.rates,
                 torch.cuda.graph(graph, stream=self.stream),
             ):
-                self.result = self.step(self.noisy, self.clean, batch_size)
+                self.result = self.step(self.noisy, self.clean)
         except Exception as error:  # every layer below has its own exceptions
             torch.cuda.set_stream(before)
             self.optimizer.zero_grad()

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from skimage.transform import downscale_local_mean
 from tqdm import tqdm
 
-from command_line import UserError
+from experiment.user_errors import UserError
 
 SIZE = 32  # side of every image, pixels
 VALIDATION_SHARE = 0.2  # CIFAR-10: 40,000 / 10,000 of the 50,000 training images
@@ -31,17 +31,11 @@ PHOTOS = {
 
 @dataclass
 class Split:
-    """Images of one split.
+    """Images of one split."""
 
-    Attributes:
-        images: uint8 [n, 3, 32, 32].
-        labels: int64 [n], the class index (for photos, the photograph's).
-        lossless: bool [n], False where the image was stored with lossy compression.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    lossless: torch.Tensor
+    images: torch.Tensor  # uint8 [n, 3, 32, 32]
+    labels: torch.Tensor  # int64 [n], the class index (for photos, the photograph's)
+    lossless: torch.Tensor  # bool [n], False where the image was stored with lossy compression
 
     def __len__(self):
         return len(self.images)

@@ -4,7 +4,7 @@ import torch
 
 
 def loop_attention(query, key, value, k_attend):
-    """The definition, one query at a time: query [N, d], key [M, d], value [M, d_v]."""
+    """The definition, one query at a time: query [N, d], key [M, d], value [M, d_v] -> [N, d_v]."""
     rows = []
     for q in query:
         scores = torch.stack([q @ k for k in key]) / len(q) ** 0.5
@@ -15,28 +15,28 @@ def loop_attention(query, key, value, k_attend):
 
 
 def gather_attention(query, key, value, k_attend):
-    """The straightforward implementation: gathers the selected values, [..., N, k, d]."""
-    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-    top, index = scores.topk(min(k_attend, key.shape[-2]), dim=-1)
+    """Gathers the selected values, [..., N, k, d]; arguments and result as `topk_attention`'s."""
+    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # [..., N, M]
+    top, index = scores.topk(min(k_attend, key.shape[-2]), dim=-1)  # [..., N, k]
     index = index.unsqueeze(-1).expand(*index.shape, value.shape[-1])
     values = value.unsqueeze(-3).expand(*scores.shape, value.shape[-1])
     return (top.softmax(-1).unsqueeze(-1) * values.gather(-2, index)).sum(-2)
 
 
-def straightforward_expert(expert, x, attention=gather_attention):
-    """SparseAttentionExpert as the equations say, projection by projection."""
+def straightforward_expert(expert, x):
+    """SparseAttentionExpert as the equations say, projection by projection: [B, N, D] -> same."""
 
     def heads(linear):
         return linear(x).unflatten(-1, (expert.num_heads, -1)).transpose(1, 2)
 
     query, key, value = heads(expert.query), heads(expert.key), heads(expert.value)
-    attended = attention(query, key, value, expert.k_attend)
+    attended = gather_attention(query, key, value, expert.k_attend)  # [B, H, N, d_head]
     return expert.out_proj(attended.transpose(1, 2).flatten(2))
 
 
-def straightforward_moe(moe, x, run_expert=straightforward_expert):
-    """AdaptiveAttentionMoE as the equations say, expert by expert."""
+def straightforward_moe(moe, x):
+    """AdaptiveAttentionMoE, expert by expert: [B, N, D] -> [B, N, D], routing [B, N, E]."""
     routing = moe.router(x)
-    experts = [run_expert(expert, x) for expert in moe.experts]
+    experts = [straightforward_expert(expert, x) for expert in moe.experts]
     mixed = sum(p.unsqueeze(-1) * y for p, y in zip(routing.unbind(-1), experts, strict=True))
     return moe.merge(mixed), routing

@@ -1,4 +1,4 @@
-"""Muon, in which all matrices of a shape take their step together."""
+"""The optimizers: AdamW, and Muon, in which all matrices of a shape take their step together."""
 
 from collections import defaultdict
 
@@ -15,6 +15,16 @@ COEFFICIENTS = (
 )
 
 
+def make_optimizer(model, name, lr, weight_decay):
+    """The optimizer of `--optimizer`: "adamw", as published, in one fused step, or "muon".
+
+    The weight decay is decoupled and times the learning rate; "muon" has it for matrices alone.
+    """
+    if name == "muon":
+        return Muon(model.parameters(), lr, weight_decay)
+    return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+
+
 class Muon(torch.optim.AdamW):
     """Steps along the orthogonalised momentum of weight matrices; all else gets AdamW.
 
@@ -26,14 +36,8 @@ class Muon(torch.optim.AdamW):
 
     The Muon of torch and that of timm take one matrix after the other. A small model has dozens of
     equal shape and spends most of such a step on starting operations; here they are one batch.
-
-    Args:
-        params: parameters. Those with at least 4 rows and columns are matrices; depthwise kernels,
-            biases, scales and embeddings [1, ...] are not.
-        lr: learning rate of both.
-        weight_decay: decoupled, of the matrices alone.
-        momentum: of the matrices, Nesterov's.
-        betas: of AdamW.
+    Learning rate and betas are AdamW's; the weight decay is of the matrices alone, and so is the
+    momentum, which is Nesterov's.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95)):
@@ -74,7 +78,7 @@ class Muon(torch.optim.AdamW):
 
 
 def is_matrix(parameter):
-    """Whether Muon orthogonalises it."""
+    """Whether Muon orthogonalises it: not biases, embeddings [1, ...] and depthwise kernels."""
     return (
         parameter.ndim >= 2
         and min(parameter.shape[:2]) > 1

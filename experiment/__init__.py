@@ -1,0 +1,1 @@
+"""What the scripts share: data, metrics, files and the machinery of training; no model."""

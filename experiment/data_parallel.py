@@ -1,0 +1,60 @@
+"""Data-parallel training under torchrun: every process takes an equal share of each batch.
+
+The last, incomplete one of an epoch is dropped. Without torchrun, all of this does nothing.
+"""
+
+import contextlib
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from experiment.user_errors import UserError
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def joined(device):
+    """Joins the processes that torchrun started; yields the device of this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield device
+        return
+    number, backend = int(os.environ["LOCAL_RANK"]), "gloo"
+    if device.type == "cuda" and number < torch.cuda.device_count():
+        device, backend = torch.device("cuda", number), "nccl"
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(
+            "torchrun: set --nproc-per-node to the number of CUDA GPUs, or --device cpu"
+        )
+    dist.init_process_group(backend, timeout=timedelta(hours=1))  # others wait for a download
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, one log, until the process ends
+    yield device
+    dist.destroy_process_group()  # not after an error: torchrun has to see it end
+
+
+def wait_if(condition):
+    if condition and world_size() > 1:
+        dist.barrier()
+
+
+def my_share(batches, batch_size):
+    for batch in batches:
+        if world_size() == 1 or len(batch[0]) == batch_size:
+            yield [tensor[rank() :: world_size()] for tensor in batch]
+
+
+def sum_over_processes(tensor):
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,147 @@
+"""What a denoiser is worth: PSNR and SSIM of every image, as all scripts measure them.
+
+A denoiser is any module that maps noisy images [B, 3, h, w] to a tuple of images of that shape and
+a list of routing probabilities [B, N, E], empty where nothing is routed.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from tqdm import tqdm
+
+from experiment.noisy_images import NoisyImageDataset
+
+NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
+NOISE_LEVEL_IMAGES = 1024  # at most, the first of the test set
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` measured; images are in [0, 1]."""
+
+    mse: float  # over all pixels
+    noisy_psnr: np.ndarray  # float64 [n], dB
+    psnr: np.ndarray  # float64 [n], dB, of the denoised images
+    ssim: np.ndarray  # float64 [n], of the denoised images
+    utilisation: np.ndarray  # float32 [blocks, E], mean routing probability of each expert
+
+    def summary(self):
+        """The figures that a checkpoint stores, as plain numbers."""
+        return {
+            "mse": self.mse,
+            "noisy_psnr_mean": float(self.noisy_psnr.mean()),
+            "psnr_mean": float(self.psnr.mean()),
+            "psnr_std": float(self.psnr.std()),
+            "ssim_mean": float(self.ssim.mean()),
+            "ssim_std": float(self.ssim.std()),
+            "images": len(self.psnr),
+            "utilisation": self.utilisation.tolist(),
+        }
+
+
+def psnr(restored, clean):
+    """PSNR in dB of one image by scikit-image; arrays [3, h, w] in [0, 1]."""
+    with np.errstate(divide="ignore"):  # equal images have an infinite PSNR
+        return peak_signal_noise_ratio(clean, restored, data_range=1.0)
+
+
+def ssim(restored, clean):
+    """SSIM of one image by scikit-image, 7×7 window; arrays [3, h, w] in [0, 1]."""
+    return structural_similarity(clean, restored, data_range=1.0, channel_axis=0)
+
+
+def eval_batches(dataset, device):
+    """Batches of an evaluation on a device, of a size that fits a CPU's cache or fills a GPU.
+
+    It depends on the kind of device alone, so that a figure never depends on how a script batches.
+    """
+    return dataset.batches(64 if device.type == "cpu" else 1000)
+
+
+def validation_batches(dataset, device):
+    """All of a data set as a list of (noisy, clean) batches that stay on a device.
+
+    The noise is the same after every epoch; drawing it anew would take longer than a GPU validates.
+    """
+    batches = eval_batches(dataset, device)
+    return [(noisy.to(device), clean.to(device)) for noisy, clean, _ in batches]
+
+
+def validation_mse(model, batches):
+    """Mean squared error over all pixels.
+
+    Args:
+        model: denoiser; it is left in evaluation mode.
+        batches: of `validation_batches`, on the device of the model.
+    """
+    model.eval()
+    with torch.inference_mode():
+        errors = torch.stack([F.mse_loss(model(noisy)[0], clean) for noisy, clean in batches])
+    images = [len(clean) for _, clean in batches]
+    return sum(e * n for e, n in zip(errors.tolist(), images, strict=True)) / sum(images)
+
+
+def evaluate(model, dataset):
+    """Denoises a whole dataset and measures every image.
+
+    Args:
+        model: denoiser; it is left in evaluation mode.
+        dataset: NoisyImageDataset.
+
+    Returns:
+        Evaluation.
+    """
+    device, squared_error, scores, load = next(model.parameters()).device, 0.0, [], 0.0
+    model.eval()
+    with tqdm(total=len(dataset), desc="testing", unit="img", leave=False, disable=None) as bar:
+        for noisy, clean, _ in eval_batches(dataset, device):
+            with torch.inference_mode():
+                restored, routings = model(noisy.to(device))
+            restored = restored.cpu()
+            squared_error += F.mse_loss(restored, clean).item() * len(clean)
+            for x, y, target in zip(noisy.numpy(), restored.numpy(), clean.numpy(), strict=True):
+                scores.append((psnr(x, target), psnr(y, target), ssim(y, target)))
+            if routings:
+                load += torch.stack([r.mean(1).sum(0) for r in routings]).cpu().numpy()
+            bar.update(len(clean))
+    scores = np.array(scores, dtype=np.float64).T
+    utilisation = load / len(dataset) if routings else np.empty((0, 0))
+    return Evaluation(squared_error / len(dataset), *scores, utilisation)
+
+
+def psnr_against_noise(model, test_set):
+    """Mean PSNR in dB of noisy and denoised images at NOISE_LEVELS.
+
+    Args:
+        model: denoiser.
+        test_set: NoisyImageDataset; its own σ does not matter.
+
+    Returns:
+        list of (σ, PSNR of the noisy images, PSNR of the denoised ones).
+    """
+    split, rows = test_set.split[:NOISE_LEVEL_IMAGES], []
+    for noise_level in NOISE_LEVELS:
+        result = evaluate(model, NoisyImageDataset(split, noise_level, test_set.stream))
+        rows.append((noise_level, float(result.noisy_psnr.mean()), float(result.psnr.mean())))
+    return rows
+
+
+def result_line(psnr, ssim, dataset_name):
+    """The line that ends every script which evaluates."""
+    return (
+        f"PSNR {psnr.mean():.2f} ± {psnr.std():.2f} dB   "
+        f"SSIM {ssim.mean():.4f} ± {ssim.std():.4f}   "
+        f"images {len(psnr)}   dataset {dataset_name}"
+    )
+
+
+def framed(title, rows):
+    """A table of (name, value) strings in a frame."""
+    width = max(len(name) for name, _ in rows)
+    lines = [f" {name:<{width}}  {value} " for name, value in rows]
+    inner = max(map(len, lines))
+    framed_lines = [f"║{line:<{inner}}║" for line in lines]
+    return "\n".join([f"╔{f' {title} ':═^{inner}}╗", *framed_lines, f"╚{'═' * inner}╝"])

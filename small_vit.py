@@ -1,0 +1,272 @@
+"""The denoiser: a small vision transformer around the attention layer, and its checkpoints."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adaptive_attention_moe import AdaptiveAttentionMoE
+from conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
+from experiment.checkpoints import read_checkpoint
+from experiment.command_line import select_device
+from experiment.image_sources import load_images
+from experiment.noisy_images import as_range, noise_text
+from experiment.user_errors import UserError
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """What a SmallViT is built from; the defaults are the published model.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    image_size: int = 32  # side of the training's square images, pixels; other sizes work as well
+    patch_size: int = 4  # side of a patch, pixels; has to divide image_size
+    d_model: int = 128  # channels of a token, D
+    num_layers: int = 2  # transformer blocks
+    num_heads: int = 4  # attention heads of each expert
+    d_ff: int = 256  # hidden channels of the feed-forward network
+    k_attend: tuple = (32, 64, 128)  # budget of each expert; their number is that of the experts
+    # Feature channels of a convolutional encoder and decoder, from full resolution down, in place
+    # of the linear patch embedding; patch_size has to be 2 to the power of their number.
+    channels: tuple = ()
+    conv_depth: int = 2  # NAF blocks at each of their coarser resolutions
+    residual: bool = False  # whether the model predicts the difference to the noisy image
+
+    def __post_init__(self):
+        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
+            raise ValueError(
+                "patch_size must divide image_size, got "
+                f"image_size={self.image_size}, patch_size={self.patch_size}"
+            )
+        if self.channels and self.patch_size != 2 ** len(self.channels):
+            raise ValueError(
+                f"{len(self.channels)} channels make patches of {2 ** len(self.channels)}, "
+                f"got patch_size={self.patch_size}"
+            )
+
+
+# `--model`
+MODELS = {
+    "published": ViTConfig(),
+    "refined": ViTConfig(
+        d_model=64, num_heads=1, d_ff=128, channels=(16, 64), conv_depth=3, residual=True
+    ),
+}
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm: x + MoE(LN(x)), then x + FFN(LN(x)).  [B, N, D] -> [B, N, D], routing."""
+
+    def __init__(self, d_model, num_heads, d_ff, k_attend):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d_model)
+        self.attention = AdaptiveAttentionMoE(d_model, num_heads, k_attend)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.ffn = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
+
+    def last_layers(self):
+        return [self.attention.merge, self.ffn[-1]]
+
+    def forward(self, x):
+        attended, routing = self.attention(self.norm1(x))  # [B, N, D], [B, N, E]
+        x = x + attended
+        return x + self.ffn(self.norm2(x)), routing
+
+
+class SmallViT(nn.Module):
+    """Vision transformer that maps a noisy image to a clean one; 599,689 parameters by default.
+
+    Args:
+        config: ViTConfig.
+    """
+
+    def __init__(self, config=MODELS["published"]):
+        super().__init__()
+        self.config = config
+        d_model, patch = config.d_model, config.patch_size
+        self.grid = config.image_size // patch
+        if config.channels:
+            self.encoder = ConvEncoder(config.channels, config.conv_depth, d_model)
+        else:
+            self.patch_embed = nn.Conv2d(3, d_model, patch, stride=patch)
+        self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(d_model, config.num_heads, config.d_ff, config.k_attend)
+            for _ in range(config.num_layers)
+        )
+        if config.channels:
+            self.decoder = ConvDecoder(config.channels, config.conv_depth, d_model)
+        else:
+            self.patch_unembed = nn.ConvTranspose2d(d_model, 3, patch, stride=patch)
+        self.start_as_identity()
+
+    def start_as_identity(self):
+        """Zeroes the last layer of every residual branch; all else keeps torch's initialisation.
+
+        Otherwise near-uniform attention adds the mean of all tokens to each, and training sits for
+        hundreds of steps where every patch is denoised by itself.
+        """
+        for module in self.modules():
+            if isinstance(module, TransformerBlock | ResidualConv | NAFBlock):
+                for layer in module.last_layers():
+                    zero_(layer)
+        if self.config.residual:
+            zero_(self.decoder.head if self.config.channels else self.patch_unembed)
+
+    def forward(self, noisy):
+        """Denoises images.
+
+        Args:
+            noisy: [B, 3, h, w] in [0, 1], h and w multiples of patch_size. The position embedding
+                is interpolated (bicubic) to another number of patches than that of the training.
+
+        Returns:
+            Tuple of images of the same shape and the list of each block's routing probabilities
+            [B, N, E]. The images are in [0, 1] in evaluation mode. In training mode they are not
+            clamped: a clamp has no gradient outside its range, and runs died of it.
+
+        Raises:
+            ValueError: the images have another shape.
+        """
+        patch, shape = self.config.patch_size, list(noisy.shape)
+        if len(shape) != 4 or shape[1] != 3 or not all(n and n % patch == 0 for n in shape[2:]):
+            raise ValueError(
+                f"expected images [B, 3, h, w], h and w multiples of the patch size {patch}, "
+                f"got {shape}"
+            )
+        x, features = self.embed(noisy)  # [B, N, D]
+        routings = []
+        for block in self.blocks:
+            x, routing = block(x)  # [B, N, D], [B, N, E]
+            routings.append(routing)
+        grid = (shape[2] // patch, shape[3] // patch)
+        x = x.transpose(1, 2).unflatten(2, grid)  # [B, D, h / patch, w / patch]
+        image = self.decoder(x, features) if features else self.patch_unembed(x)  # [B, 3, h, w]
+        if self.config.residual:
+            image = noisy + image
+        return image if self.training else image.clamp(0, 1), routings
+
+    def embed(self, noisy):
+        """[B, 3, h, w] -> tokens with their position [B, N, D], and the encoder's feature maps."""
+        if self.config.channels:
+            x, features = self.encoder(noisy)
+        else:
+            x, features = self.patch_embed(noisy), []  # [B, D, h / patch, w / patch]
+        return x.flatten(2).transpose(1, 2) + self.positions_of(x.shape[2:]), features
+
+    def positions_of(self, grid):
+        """The position embedding of a grid of (rows, columns) patches, [1, rows · columns, D]."""
+        if tuple(grid) == (self.grid, self.grid):
+            return self.position
+        learned = self.position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return F.interpolate(learned, grid, mode="bicubic").flatten(2).transpose(1, 2)
+
+    @torch.inference_mode()
+    def denoise(self, noisy):
+        """The restored images alone, as they are shown: [B, 3, h, w] in [0, 1] -> the same."""
+        return self.eval()(noisy)[0]
+
+
+def zero_(layer):
+    """Zeroes the weight and, where it has one, the bias of a layer."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def count_parameters(model):
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# Checkpoints ---------------------------------------------------------------------------------
+
+
+def build_model(checkpoint, path):
+    """The SmallViT of a checkpoint, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: configuration and weights do not make a SmallViT; `path` is named in it.
+    """
+    try:
+        settings = dict(checkpoint["config"])
+        # Earlier versions had two more settings, which nothing ever set.
+        if (settings.pop("in_channels", 3), settings.pop("dropout", 0.0)) != (3, 0.0):
+            raise ValueError
+        settings |= {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
+        model = SmallViT(ViTConfig(**settings))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError):
+        raise UserError(
+            f"{path} is of another architecture than SmallViT here; "
+            "use a checkpoint that denoising_experiment_proper.py wrote"
+        ) from None
+    return model.eval()
+
+
+def load_model(path):
+    """The trained SmallViT of a checkpoint file, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: as read_checkpoint and build_model do.
+    """
+    return build_model(read_checkpoint(path), path)
+
+
+def load_for_evaluation(args, same_images=False):
+    """What a script that reads a model starts with: the model and the images it was trained on.
+
+    Args:
+        args: checkpoint, dataset (None: the model's), data_dir, noise_level (None: the model's),
+            device and threads of the command line.
+        same_images: refuse another data set than the one of the training, and keep a range of σ;
+            otherwise its middle is taken.
+
+    Returns:
+        (checkpoint dict, SmallViT on the device, ImageSource, σ as a pair).
+
+    Raises:
+        UserError: one of them cannot be had.
+    """
+    device = select_device(args.device, args.threads)
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = build_model(checkpoint, args.checkpoint).to(device)
+    recipe = checkpoint["recipe"]
+    print(
+        f"{args.checkpoint}: {count_parameters(model):,} parameters, epoch {checkpoint['epoch']} "
+        f"of {recipe['epochs']}, trained on {recipe['dataset']} with "
+        f"{noise_text(as_range(recipe['noise_level']))}"
+    )
+    dataset = args.dataset or dataset_of(checkpoint, args.checkpoint, same_images)
+    source = load_images(dataset, args.data_dir, recipe["seed"])
+    if same_images and source.name != recipe["dataset"]:
+        raise UserError(
+            f"{args.checkpoint} was trained and tested on {recipe['dataset']}, not on "
+            f"{source.name}; name the same images with --dataset"
+        )
+    low, high = args.noise_level or as_range(recipe["noise_level"])
+    if not same_images:
+        low = high = (low + high) / 2
+    return checkpoint, model, source, (low, high)
+
+
+def dataset_of(checkpoint, path, same_images):
+    """The --dataset of a checkpoint's training; `path` is the checkpoint's, for an error.
+
+    Raises:
+        UserError: it was a folder that is not there, or, for the same images, one not noted.
+    """
+    name = checkpoint["recipe"]["dataset"]
+    known = {"photos": "photos", "CIFAR-10": "cifar10"}
+    # Earlier versions did not note their folder; their models are shown on CIFAR-10 then.
+    dataset = checkpoint.get("dataset", known.get(name, None if same_images else "cifar10"))
+    if dataset not in known.values() and not (dataset and Path(dataset).is_dir()):
+        where = f", which is not at {dataset} any more" if dataset else ""
+        raise UserError(
+            f"{path} was trained on {name}{where}; name it, or other images, with --dataset"
+        )
+    return dataset
