@@ -1,12 +1,12 @@
 """What each part contributes: trains variants of the model by one recipe and compares them.
 
-    python ablation_study.py                           # 3 seeds of 30 epochs each: for a GPU
-    python ablation_study.py --dataset photos --quick  # minutes on 2 CPU cores
+    python ablation_study.py                                     # 3 seeds of 30 epochs: for a GPU
+    python ablation_study.py --dataset photos --epochs 2 --seeds 0  # some minutes on 2 CPU cores
     python ablation_study.py --checkpoint best_denoising_model_proper.pt  # no training, minutes
 
 Every variant has the same data, noise, steps, learning rates and seeds, in the loop of the
 training script. A run that was interrupted goes on where it stopped, since finished trainings are
-read from the output file. Writes a JSON file and, named after it, a Markdown table and a picture.
+read from the output file. Writes a JSON file and, named after it, a Markdown table.
 With --checkpoint, parts of a trained model are replaced instead, and it is tested again.
 """
 
@@ -17,17 +17,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib import pyplot as plt
 
-from denoising_experiment_proper import RECIPES, recipe_of, train
+from denoising_experiment_proper import RECIPES, Diverged, recipe_of, train
 from experiment.checkpoints import check_same_recipe
 from experiment.command_line import add_output, make_parser, number, select_device
-from experiment.evaluation import evaluate, result_line
+from experiment.evaluation import evaluate, plus_minus, result_line
 from experiment.image_sources import load_images
-from experiment.noisy_images import noise_text, noisy_splits
-from experiment.run_files import check_writable, replace_when_complete, write_figure
+from experiment.noisy_images import noisy_splits
+from experiment.run_files import locked, write_text
 from experiment.user_errors import UserError, run_main
 from model_variants import (
     VARIANTS,
@@ -38,83 +36,53 @@ from model_variants import (
 )
 from small_vit import SmallViT, count_parameters, load_for_evaluation
 
-QUICK = {"epochs": 2, "seeds": [0], "train_images": 1920, "test_images": 256}
+ROW = {"variant", "seed", "parameters", "psnr", "ssim", "train_seconds", "utilisation"}
 
 
-def train_variant(name, recipe, train_set, val_set):
-    """The best epoch of a variant trained by the recipe."""
-    torch.manual_seed(recipe.seed)
-    model = VARIANTS[name]().to(train_set.device)
+def train_variant(name, model, recipe, train_set, val_set):
+    """Trains a variant by the recipe; leaves it with the weights of its best epoch."""
     weight = 0.0 if name == "no load-balancing loss" else recipe.balance_weight
     print(f"{name}, seed {recipe.seed}", flush=True)
     state = train(model, train_set, val_set, replace(recipe, balance_weight=weight))
     model.load_state_dict(state["best"]["model"])
-    return model
 
 
 def measure(name, recipe, splits):
-    """Trains and tests a variant; returns its row of the results."""
+    """Trains and tests a variant; returns its row, without figures where training diverged."""
     train_set, val_set, test_set = splits
-    started = time.perf_counter()
-    model = train_variant(name, recipe, train_set, val_set)
-    seconds = time.perf_counter() - started
-    result = evaluate(model, test_set)
-    return {
-        "variant": name,
-        "seed": recipe.seed,
-        "parameters": count_parameters(model),
-        "psnr": float(result.psnr.mean()),
-        "ssim": float(result.ssim.mean()),
-        "train_seconds": seconds,
-        "utilisation": result.utilisation.tolist(),
-    }
+    started, row = time.perf_counter(), dict.fromkeys(ROW)
+    torch.manual_seed(recipe.seed)
+    model = VARIANTS[name]().to(train_set.device)
+    row |= {"variant": name, "seed": recipe.seed, "parameters": count_parameters(model)}
+    try:
+        train_variant(name, model, recipe, train_set, val_set)
+    except Diverged as error:
+        print(f"{name}, seed {recipe.seed}: {error}", flush=True)
+        return row
+    row["train_seconds"] = time.perf_counter() - started
+    figures = evaluate(model, test_set).summary()
+    row |= {"psnr": figures["psnr_mean"], "ssim": figures["ssim_mean"]}
+    return row | {"utilisation": figures["utilisation"]}
 
 
-def summarise(rows):
-    """One dict per variant: parameters, seeds, (mean, std) of PSNR and SSIM over the seeds."""
-    summary = []
-    for name in VARIANTS:
-        if of_variant := [row for row in rows if row["variant"] == name]:
-            entry = {"variant": name, "parameters": of_variant[0]["parameters"]}
-            entry["seeds"] = len(of_variant)
-            for figure in ("psnr", "ssim"):
-                values = [row[figure] for row in of_variant]
-                entry[figure] = (float(np.mean(values)), float(np.std(values)))
-            summary.append(entry)
-    return summary
-
-
-def markdown(summary, recipe):
-    """The results as a Markdown table."""
+def markdown(rows, recipe):
+    """The results as a Markdown table: mean ± standard deviation over seeds."""
     lines = [
-        ", ".join(f"{name} {value}" for name, value in recipe.items()),
-        "",
-        "Mean ± standard deviation over seeds:",
-        "",
+        ", ".join(f"{name} {value}" for name, value in recipe.items()) + "\n",
         "| variant | parameters | seeds | PSNR (dB) | SSIM |",
         "|---|---|---|---|---|",
     ]
-    for entry in summary:
-        (psnr, psnr_std), (ssim, ssim_std) = entry["psnr"], entry["ssim"]
-        lines.append(
-            f"| {entry['variant']} | {entry['parameters']:,} | {entry['seeds']} "
-            f"| {psnr:.3f} ± {psnr_std:.3f} | {ssim:.4f} ± {ssim_std:.4f} |"
-        )
+    for name in VARIANTS:
+        if of_variant := [row for row in rows if row["variant"] == name]:
+            finished = [row for row in of_variant if row["psnr"] is not None]
+            diverged = len(of_variant) - len(finished)
+            cells = [name, f"{of_variant[0]['parameters']:,}", str(len(finished)), "–", "–"]
+            cells[2] += f", {diverged} diverged" if diverged else ""
+            if finished:
+                cells[3] = plus_minus([row["psnr"] for row in finished], 3)
+                cells[4] = plus_minus([row["ssim"] for row in finished], 4)
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def draw_summary(summary, recipe):
-    """Figure: every variant's PSNR, mean ± std over seeds."""
-    figure, axis = plt.subplots(figsize=(8, 0.4 * len(summary) + 1.5), layout="constrained")
-    names = [entry["variant"] for entry in summary]
-    means, stds = zip(*(entry["psnr"] for entry in summary), strict=True)
-    axis.errorbar(means, names, xerr=stds, fmt="o", color="tab:blue", capsize=3)
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.grid(alpha=0.3)
-    axis.set_xlabel("test PSNR (dB)")
-    noise = noise_text(recipe["noise_level"])
-    axis.set_title(f"{recipe['dataset']}, {recipe['epochs']} epochs, {noise}")
-    return figure
 
 
 def replaced_parts(model):
@@ -150,14 +118,24 @@ def measure_replaced_parts(args):
     return 0
 
 
-def write_results(output, recipe, rows):
-    summary = summarise(rows)
-    with replace_when_complete(output) as path:
-        results = {"recipe": recipe, "summary": summary, "rows": rows}
-        path.write_text(json.dumps(results, indent=2) + "\n")
-    with replace_when_complete(output.with_suffix(".md")) as path:
-        path.write_text(markdown(summary, recipe))
-    write_figure(draw_summary(summary, recipe), output.with_suffix(".png"))
+def files_of(output):
+    """The JSON file and, named after it, the table.
+
+    Raises:
+        UserError: it is no .json, or the table is there without it: somebody else's.
+    """
+    table = output.with_suffix(".md")
+    if output.suffix != ".json":
+        raise UserError(f"--output {output}: name a .json file; the table stands beside it")
+    if table.exists() and not output.exists():
+        raise UserError(f"--output {output}: {table} is not of this study; name another file")
+    return output, table
+
+
+def write_results(files, recipe, rows):
+    text = json.dumps({"recipe": recipe, "rows": rows}, indent=2, allow_nan=False)
+    write_text(text + "\n", files[0])
+    write_text(markdown(rows, recipe), files[1])
 
 
 def read_rows(output, recipe):
@@ -169,18 +147,18 @@ def read_rows(output, recipe):
     if not output.exists():
         return []
     try:
-        earlier = json.loads(output.read_text())
-        rows, before = earlier["rows"], earlier["recipe"]
-        variants = {row["variant"]: (row["parameters"], row["psnr"], row["ssim"]) for row in rows}
+        earlier = json.loads(output.read_text(encoding="utf-8"))
+        rows, before = list(earlier["rows"]), dict(earlier["recipe"])
+        variants = {row["variant"]: int(row["parameters"]) for row in rows}
+        # Without figures where training diverged.
+        if not all(set(row) == ROW and type(row["psnr"]) is type(row["ssim"]) for row in rows):
+            raise ValueError
+        markdown(rows, recipe)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{output} is no result of this script; name another --output") from None
-    check_same_recipe(
-        before,
-        recipe,
-        f"{output} holds a study with",
-        "repeat its options to go on with it, or name another --output",
-    )
-    for name, (parameters, *_) in variants.items():
+    advice = "repeat its options to go on with it, or name another --output"
+    check_same_recipe(before, recipe, f"{output} holds a study with", advice)
+    for name, parameters in variants.items():
         if name not in VARIANTS or count_parameters(VARIANTS[name]()) != parameters:
             raise UserError(
                 f"{output} holds {name!r} with {parameters:,} parameters, which this version of "
@@ -216,62 +194,48 @@ def parse_args():
         help=f"out of: {'; '.join(VARIANTS)} (default: all)",
     )
     group.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"{QUICK['epochs']} epochs of {QUICK['train_images']} images, 1 seed and "
-        f"{QUICK['test_images']} test images: shows that it works, not which variant is better "
-        "(default: no)",
-    )
-    group.add_argument(
         "--checkpoint",
         metavar="FILE",
         help="train nothing: test this model again with parts of it replaced, on the images and "
         "with the noise of its training unless others are named (default: none)",
     )
     add_output(parser, "ablation_study.json", "figures to write")
-    args = parser.parse_args()
-    if args.quick:
-        args.epochs, args.seeds = QUICK["epochs"], QUICK["seeds"]
-    return args
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
     if args.checkpoint is not None:
         return measure_replaced_parts(args)
-    output, recipe = Path(args.output), recipe_of(args)
-    if output.suffix != ".json":
-        raise UserError(f"--output {output}: name a .json file; table and picture stand beside it")
-    check_writable(output)
-    device = select_device(args.device, args.threads)
+    recipe, files = recipe_of(args), files_of(Path(args.output))
+    with locked(files):
+        return run_study(args, recipe, files, select_device(args.device, args.threads))
+
+
+def run_study(args, recipe, files, device):
+    """Trains what is not in the files yet; returns the exit code."""
+    if recipe.noise_level[1] < 1e-4:
+        raise UserError(f"--noise-level {recipe.noise_level[1]:g}: there is no noise to remove")
     source = load_images(args.dataset or "cifar10", args.data_dir)
     splits = noisy_splits(source, recipe.noise_level, recipe.lossless_share)
-    if args.quick:
-        splits[0].split = splits[0].split[: QUICK["train_images"]]
-        splits[2].split = splits[2].split[: QUICK["test_images"]]
     settings = {
         "dataset": source.name,
+        "images_sha256": source.sha256(),
         "train_images": len(splits[0]),
         "test_images": len(splits[2]),
         **recipe.as_dict(),
     }
     for name in ("model", "seed"):
         del settings[name]  # every variant and seed has its own
-    rows = read_rows(output, settings)
+    rows = read_rows(files[0], settings)
     done = {(row["variant"], row["seed"]) for row in rows}
     splits = (splits[0].to(device), *splits[1:])
-    for seed, name in itertools.product(args.seeds, args.variants):
+    for seed, name in itertools.product(dict.fromkeys(args.seeds), args.variants):
         if (name, seed) not in done:
             rows.append(measure(name, replace(recipe, seed=seed), splits))
-            write_results(output, settings, rows)
-            row = rows[-1]
-            print(
-                f"{name}, seed {seed}: PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}, "
-                f"{row['train_seconds']:.0f} s",
-                flush=True,
-            )
-    print(f"\n{markdown(summarise(rows), settings)}")
-    print(f"wrote {output}, {output.with_suffix('.md')} and {output.with_suffix('.png')}")
+            write_results(files, settings, rows)
+    write_results(files, settings, rows)
+    print(f"\n{markdown(rows, settings)}\nwrote {files[0]} and {files[1]}")
     return 0
 
 

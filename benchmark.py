@@ -15,6 +15,8 @@ import multiprocessing
 import platform
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,7 @@ from experiment.image_sources import load_images
 from experiment.muon import make_optimizer
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from experiment.reference import straightforward_moe
-from experiment.run_files import check_writable, replace_when_complete
+from experiment.run_files import check_writable, write_text
 from experiment.user_errors import UserError, run_main
 from small_vit import MODELS, SmallViT
 
@@ -189,8 +191,12 @@ def measure_tokens(images, effort, device, args):
         parameters = (name, images.cpu().numpy(), lengths, device, args.dtype)
         # A process of its own on a CPU, where memory that was freed would be taken again unseen.
         if device.type != "cuda":
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                peaks[name] = pool.apply(peak_memory, (*parameters, torch.get_num_threads()))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                job = pool.submit(peak_memory, *parameters, torch.get_num_threads())
+                try:
+                    peaks[name] = job.result()
+                except BrokenProcessPool:  # as systems do where memory runs out
+                    raise UserError("measuring memory was ended; drop tokens from --rows") from None
         else:
             peaks[name] = peak_memory(*parameters)
     columns = [f"{name} ({unit})" for unit in ("ms", "MiB") for name in variants]
@@ -216,13 +222,13 @@ def peak_memory(name, images, lengths, device, dtype, threads=None):
     select_device(device.type, threads)
     model, images = make_variants(device, (name,))[name], torch.from_numpy(images).to(device)
     in_dtype = partial(autocast, device, dtype)
-    inputs = {tokens: tokens_of(model, mosaic(images, tokens)) for tokens in lengths}
-    both_passes(model.blocks[0].attention, inputs[lengths[0]], in_dtype)  # warm-up
+    layer = model.blocks[0].attention
+    both_passes(layer, tokens_of(model, mosaic(images, lengths[0])), in_dtype)  # warm-up
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start, peaks = peak_bytes(device), {}
-    for tokens, x in inputs.items():
-        both_passes(model.blocks[0].attention, x, in_dtype)
+    for tokens in lengths:  # their inputs one by one: made before, they would hide small peaks
+        both_passes(layer, tokens_of(model, mosaic(images, tokens)), in_dtype)
         peaks[tokens] = peak_bytes(device) - start
     return peaks
 
@@ -311,8 +317,7 @@ def main():
     if "tokens" in args.rows:
         images = next(train_set.shuffled_batches(256, args.seed, epoch=1))[0]
         results["tokens"] = measure_tokens(images, effort, device, args)
-    with replace_when_complete(args.output) as path:
-        path.write_text(json.dumps(results, indent=2) + "\n")
+    write_text(json.dumps(results, indent=2) + "\n", args.output)
     print(f"\nwrote {args.output}")
     return 0
 

@@ -12,27 +12,30 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_
 from tqdm import tqdm
 
 from experiment.command_line import make_parser
-from experiment.evaluation import evaluate, psnr, result_line, ssim
+from experiment.evaluation import evaluate, plus_minus, psnr, result_line, ssim
 from experiment.noisy_images import noise_text, noisy_splits
 from experiment.user_errors import run_main
 from small_vit import load_for_evaluation
 
+STEP, MOST_STEPS = 1.25, 20  # between strengths beyond the lists, and how many of them
+LEAST_SIGMA = 1e-3  # less noise than this is below that of 8 bits; some methods divide by it
+
 
 def baselines(sigma):
-    """{name: (function(noisy [3, h, w], strength) -> denoised, list of strengths)}.
+    """{name: (function(noisy [3, h, w], strength) -> denoised, first strengths to try)}.
 
     Args:
-        sigma: standard deviation of the noise, which wavelet and non-local means are told.
+        sigma: standard deviation of the noise, above 0, which wavelet and non-local means are told.
     """
+    scale = sigma / 0.2
     return {
-        "noisy input": (lambda x, _: x, [0]),
         "Gaussian blur": (
             lambda x, s: gaussian(x, sigma=s, channel_axis=0),
-            [0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4],
+            [0.7 * scale**0.5, 0.8 * scale**0.5, 0.9 * scale**0.5, 1.0 * scale**0.5],
         ),
         "total variation": (
             lambda x, s: denoise_tv_chambolle(x, weight=s, channel_axis=0),
-            [0.1, 0.15, 0.2, 0.25, 0.3],
+            [0.1 * scale, 0.15 * scale, 0.2 * scale],
         ),
         "wavelet (YCbCr)": (
             lambda x, s: denoise_wavelet(
@@ -44,25 +47,39 @@ def baselines(sigma):
             lambda x, s: denoise_nl_means(
                 x, patch_size=3, patch_distance=8, h=s * sigma, sigma=sigma, channel_axis=0
             ),
-            [0.4, 0.6, 0.8, 1.0],
+            [0.4, 0.6, 0.8],
         ),
     }
 
 
-def best_of(denoise, strengths, dataset):
-    """The best strength by mean PSNR.
+def measure(denoise, strength, dataset):
+    """(strength, psnr float64 [n] in dB, ssim float64 [n]) of a classical method."""
+    scores = []
+    for noisy, clean, _ in dataset.batches():
+        for x, y in zip(noisy.numpy(), clean.numpy(), strict=True):
+            restored = np.clip(denoise(x, strength), 0, 1).astype(np.float32)
+            scores.append((psnr(restored, y), ssim(restored, y)))
+    return (strength, *np.array(scores).T)
 
-    Returns:
-        (strength, psnr float64 [n] in dB, ssim float64 [n]).
+
+def best_of(denoise, strengths, dataset):
+    """What `measure` gives for the best strength by mean PSNR.
+
+    Args:
+        denoise: function(noisy [3, h, w], strength) -> denoised.
+        strengths: at least two, ascending, above 0. Where the best is at an edge, further ones are
+            tried beyond it.
+        dataset: NoisyImageDataset.
     """
-    results = []
-    for strength in strengths:
-        scores = []
-        for noisy, clean, _ in dataset.batches():
-            for x, y in zip(noisy.numpy(), clean.numpy(), strict=True):
-                restored = np.clip(denoise(x, strength), 0, 1).astype(np.float32)
-                scores.append((psnr(restored, y), ssim(restored, y)))
-        results.append((strength, *np.array(scores).T))
+    results = [measure(denoise, strength, dataset) for strength in strengths]
+    for _ in range(MOST_STEPS):
+        best = max(range(len(results)), key=lambda index: results[index][1].mean())
+        if best == 0:
+            results.insert(0, measure(denoise, results[0][0] / STEP, dataset))
+        elif best == len(results) - 1:
+            results.append(measure(denoise, results[-1][0] * STEP, dataset))
+        else:
+            break
     return max(results, key=lambda result: result[1].mean())
 
 
@@ -74,14 +91,13 @@ def main():
     )
     _, model, source, noise_range = load_for_evaluation(parser.parse_args())
     test_set = noisy_splits(source, noise_range)[2]
-    methods = baselines(noise_range[0])
+    methods = baselines(noise_range[0]) if noise_range[0] >= LEAST_SIGMA else {}
     print(f"\n{source.name}, {len(test_set):,} test images, {noise_text(noise_range)}\n")
     print("| method | PSNR (dB) | SSIM |\n|---|---|---|")
+    print_row("noisy input", *measure(lambda x, _: x, None, test_set)[1:])
     for name in tqdm(methods, "methods", leave=False, disable=None):
-        denoise, strengths = methods[name]
-        strength, psnrs, ssims = best_of(denoise, strengths, test_set)
-        tuned = f", strength {strength:g}" if len(strengths) > 1 else ""
-        print_row(name + tuned, psnrs, ssims)
+        strength, psnrs, ssims = best_of(*methods[name], test_set)
+        print_row(f"{name}, strength {strength:.3g}", psnrs, ssims)
     result = evaluate(model, test_set)
     print_row("**this model**", result.psnr, result.ssim)
     print(f"\n{result_line(result.psnr, result.ssim, source.name)}")
@@ -89,10 +105,7 @@ def main():
 
 
 def print_row(name, psnrs, ssims):
-    tqdm.write(
-        f"| {name} | {psnrs.mean():.2f} ± {psnrs.std():.2f} "
-        f"| {ssims.mean():.4f} ± {ssims.std():.4f} |"
-    )
+    tqdm.write(f"| {name} | {plus_minus(psnrs, 2)} | {plus_minus(ssims, 4)} |")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
     python denoising_experiment_proper.py                                         # CIFAR-10
     python denoising_experiment_proper.py --dataset photos --recipe refined --epochs 6
 
-Read it from top to bottom: the recipe, a training step, the loop, and `main` in four stages.
+Read it from top to bottom: the recipe, a training step, the loop, the experiment in four stages.
 """
 
 import logging
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from adaptive_attention_moe import load_balancing_loss
-from experiment.checkpoints import read_run, save_run, write_checkpoint
+from experiment.checkpoints import read_run, restore_optimizer, save_run, write_checkpoint
 from experiment.command_line import PUBLISHED_CHECKPOINT, add_output, make_parser, select_device
 from experiment.cuda_graphs import replayed
 from experiment.data_parallel import (
@@ -34,6 +35,8 @@ from experiment.data_parallel import (
 from experiment.evaluation import (
     evaluate,
     framed,
+    plus_minus,
+    psnr_of,
     result_line,
     validation_batches,
     validation_mse,
@@ -41,7 +44,7 @@ from experiment.evaluation import (
 from experiment.image_sources import load_images
 from experiment.muon import make_optimizer
 from experiment.noisy_images import NoisyImageDataset, noise_text, noisy_splits
-from experiment.run_files import RunFiles, draw_history, write_figure
+from experiment.run_files import RunFiles, draw_history, locked, write_figure
 from experiment.user_errors import UserError, run_main
 from small_vit import MODELS, SmallViT, build_model, count_parameters, load_model
 
@@ -149,20 +152,20 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
 
     Returns:
         dict: "history", a row per epoch; "best", the checkpoint of the best one; and "model",
-        "optimizer", "scheduler" and `about`'s "recipe", from which a run can go on.
+        "optimizer" and `about`'s "recipe", from which a run can go on.
 
     Raises:
-        UserError: the loss is not finite any more.
+        Diverged: the loss is not finite any more.
+        UserError: the state is of another optimizer.
     """
-    # Optimizer, a learning rate that falls once per epoch, and what an earlier run left
+    # Optimizer, and what an earlier run left
     optimizer = make_optimizer(model, recipe.optimizer, recipe.lr, recipe.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history, best, about = [], None, about or {}
     if state:
         history, best = state["history"], state["best"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        model.load_state_dict(state["model"])
+        restore_optimizer(optimizer, state["optimizer"], files.resume)
+        save_run(state, files)  # a run may have been killed between two of its files
 
     # The step, parallel and replayed where it can be; a smaller last batch is left as it is
     whole, device = recipe.batch_size // world_size(), train_set.device
@@ -174,6 +177,7 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
     validation = validation_batches(val_set, device)
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         # One pass over the images; losses are summed where they arise
+        lr = set_learning_rate(optimizer, recipe, epoch)
         model.train()
         started, sums, images = time.perf_counter(), torch.zeros(2, device=device), 0
         for noisy, clean, _ in progress(train_set, recipe, epoch, sums):
@@ -187,15 +191,14 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
         val_mse = validation_mse(model, validation)
         row = {"epoch": epoch, "train_mse": train_mse, "val_mse": val_mse, "balance_loss": balance}
         check_finite(row, best, files)
-        history.append(row | {"lr": scheduler.get_last_lr()[0], "seconds": seconds})
+        history.append(row | {"lr": lr, "seconds": seconds})
         if val_mse == min(row["val_mse"] for row in history):
             weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
             best = {"model": weights, **about, "epoch": epoch, "val_mse": val_mse}
-        scheduler.step()
 
         # What a reader and --resume find
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"recipe": about.get("recipe"), "history": history, "best": best}
+        state = {"recipe": about.get("recipe"), "history": history, "best": best}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
         if files:
             save_run(state, files, fresh=epoch == 1)
         print_epoch(history[-1])
@@ -224,11 +227,23 @@ def progress(train_set, recipe, epoch, sums):
             bar.set_postfix_str(f"mse {sums[0].item() / images:.4f}")
 
 
+def set_learning_rate(optimizer, recipe, epoch):
+    """Sets and returns that of an epoch: a cosine from recipe.lr to 0, the same for an epoch."""
+    lr = recipe.lr * (1 + math.cos(math.pi * (epoch - 1) / recipe.epochs)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+class Diverged(UserError):
+    """The loss of a training is not finite any more."""
+
+
 def check_finite(row, best, files):
-    """Raises a UserError that names the last good checkpoint where a figure is not finite."""
+    """Raises a Diverged that names the last good checkpoint where a figure is not finite."""
     if not all(map(math.isfinite, row.values())):
         kept = f"{files.checkpoint} keeps epoch {best['epoch']}" if files and best else ""
-        raise UserError(
+        raise Diverged(
             f"the loss is not finite in epoch {row['epoch']} (training {row['train_mse']:g}, "
             f"validation {row['val_mse']:g}); {kept or 'no epoch is kept'}; try a smaller --lr"
         )
@@ -237,7 +252,7 @@ def check_finite(row, best, files):
 def print_epoch(row):
     print(
         f"epoch {row['epoch']:3d}  train {row['train_mse']:.5f}  val {row['val_mse']:.5f} "
-        f"({-10 * math.log10(row['val_mse']):.2f} dB)  lr {row['lr']:.1e}  {row['seconds']:.0f} s",
+        f"({psnr_of(row['val_mse']):.2f} dB)  lr {row['lr']:.1e}  {row['seconds']:.0f} s",
         flush=True,
     )
 
@@ -280,15 +295,20 @@ def parse_args():
 
 def main():
     args = parse_args()
-    with joined(select_device(args.device, args.threads)) as device:
-        return run_experiment(args, recipe_of(args), device)
+    files = RunFiles(Path(args.output))
+    with (
+        joined(select_device(args.device, args.threads)) as device,
+        locked(files.all) if rank() == 0 else nullcontext(),
+    ):
+        try:
+            return run_experiment(args, recipe_of(args), files, device)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(files.how_to_go_on()) from None
 
 
-def run_experiment(args, recipe, device):
+def run_experiment(args, recipe, files, device):
     """Trains and tests as the command line asks; returns the exit code."""
     # Images: three splits, each with noise of its own
-    files = RunFiles(Path(args.output))
-    files.check()
     wait_if(rank() > 0)  # the first process downloads
     source = load_images(args.dataset, args.data_dir, recipe.seed)
     wait_if(rank() == 0)
@@ -313,20 +333,16 @@ def run_experiment(args, recipe, device):
             "dataset": source.name,
             "train_images": len(train_set),
             "val_images": len(val_set),
+            "images_sha256": source.sha256(),
             "parameters": count_parameters(model),
             **settings,
         },
-        "dataset": args.dataset
-        if args.dataset in ("cifar10", "photos")
-        else str(Path(args.dataset).resolve()),
+        "dataset": source.option,
         "torch_version": str(torch.__version__),
     }
-    state = read_run(files, about["recipe"]) if args.resume else None
+    state = read_run(files, about["recipe"], model) if args.resume else None
     fast = compiled(model) if args.compile else None
-    try:
-        state = train(model, train_set.to(device), val_set, recipe, files, about, state, fast)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(files.how_to_go_on()) from None
+    state = train(model, train_set.to(device), val_set, recipe, files, about, state, fast)
     if rank():
         return 0
 
@@ -356,19 +372,16 @@ def check_shares(recipe, train_set):
 
 def results_box(checkpoint, result, device):
     """A framed table of a run's results."""
-    recipe = checkpoint["recipe"]
+    recipe, minutes = checkpoint["recipe"], checkpoint["train_seconds"] / 60
     rows = [
         ("data set", f"{recipe['dataset']}, {len(result.psnr):,} test images"),
         ("noise", noise_text(recipe["noise_level"])),
         ("parameters", f"{recipe['parameters']:,}"),
-        (
-            "training",
-            f"{recipe['epochs']} epochs in {checkpoint['train_seconds'] / 60:.1f} min on {device}",
-        ),
+        ("training", f"{recipe['epochs']} epochs in {minutes:.1f} min on {device}"),
         ("best epoch", f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}"),
-        ("noisy PSNR", f"{result.noisy_psnr.mean():.2f} ± {result.noisy_psnr.std():.2f} dB"),
-        ("denoised PSNR", f"{result.psnr.mean():.2f} ± {result.psnr.std():.2f} dB"),
-        ("denoised SSIM", f"{result.ssim.mean():.4f} ± {result.ssim.std():.4f}"),
+        ("noisy PSNR", f"{plus_minus(result.noisy_psnr, 2)} dB"),
+        ("denoised PSNR", f"{plus_minus(result.psnr, 2)} dB"),
+        ("denoised SSIM", plus_minus(result.ssim, 4)),
         *(
             (f"experts, block {block}", " / ".join(f"{100 * p:.1f} %" for p in load))
             for block, load in enumerate(result.utilisation, 1)

@@ -13,7 +13,7 @@ from experiment.checkpoints import read_checkpoint
 from experiment.command_line import select_device
 from experiment.image_sources import load_images
 from experiment.noisy_images import as_range, noise_text
-from experiment.user_errors import UserError
+from experiment.user_errors import UserError, printable
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,13 @@ class ViTConfig:
     residual: bool = False  # whether the model predicts the difference to the noisy image
 
     def __post_init__(self):
-        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
+        for name in ("image_size", "patch_size", "d_model", "num_layers", "num_heads", "d_ff"):
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) < 2**16:
+                raise ValueError(f"{name} must be an int of at least 1, got {getattr(self, name)}")
+        for name in ("k_attend", "channels"):
+            if not all(type(n) is int and 1 <= n < 2**31 for n in getattr(self, name)):
+                raise ValueError(f"{name} must be ints of at least 1, got {getattr(self, name)}")
+        if self.image_size % self.patch_size:
             raise ValueError(
                 "patch_size must divide image_size, got "
                 f"image_size={self.image_size}, patch_size={self.patch_size}"
@@ -192,14 +198,20 @@ def build_model(checkpoint, path):
     Raises:
         UserError: configuration and weights do not make a SmallViT; `path` is named in it.
     """
+    weights = checkpoint["model"]
     try:
         settings = dict(checkpoint["config"])
         # Earlier versions had two more settings, which nothing ever set.
         if (settings.pop("in_channels", 3), settings.pop("dropout", 0.0)) != (3, 0.0):
             raise ValueError
         settings |= {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
-        model = SmallViT(ViTConfig(**settings))
-        model.load_state_dict(checkpoint["model"])
+        config = ViTConfig(**settings)
+        # Every layer has weights of its own: a configuration cannot ask for more than there are.
+        if max(config.num_layers * len(config.k_attend), config.conv_depth) > len(weights):
+            raise ValueError
+        with torch.device("meta"):  # nothing is allocated before the shapes are known to agree
+            model = SmallViT(config)
+        model.load_state_dict(weights, assign=True)
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError):
         raise UserError(
             f"{path} is of another architecture than SmallViT here; "
@@ -236,21 +248,22 @@ def load_for_evaluation(args, same_images=False):
     checkpoint = read_checkpoint(args.checkpoint)
     model = build_model(checkpoint, args.checkpoint).to(device)
     recipe = checkpoint["recipe"]
-    print(
-        f"{args.checkpoint}: {count_parameters(model):,} parameters, epoch {checkpoint['epoch']} "
-        f"of {recipe['epochs']}, trained on {recipe['dataset']} with "
-        f"{noise_text(as_range(recipe['noise_level']))}"
-    )
+    trained = f"trained on {recipe['dataset']} with {noise_text(as_range(recipe['noise_level']))}"
+    epochs = f"epoch {checkpoint['epoch']} of {recipe['epochs']}"
+    parameters = f"{count_parameters(model):,} parameters"
+    print(printable(f"{args.checkpoint}: {parameters}, {epochs}, {trained}"))
     dataset = args.dataset or dataset_of(checkpoint, args.checkpoint, same_images)
     source = load_images(dataset, args.data_dir, recipe["seed"])
-    if same_images and source.name != recipe["dataset"]:
-        raise UserError(
-            f"{args.checkpoint} was trained and tested on {recipe['dataset']}, not on "
-            f"{source.name}; name the same images with --dataset"
-        )
     low, high = args.noise_level or as_range(recipe["noise_level"])
     if not same_images:
         low = high = (low + high) / 2
+    elif source.name != recipe["dataset"] or (
+        recipe.get("images_sha256") not in (None, source.sha256())
+    ):
+        raise UserError(
+            f"{args.checkpoint} was trained and tested on other images than these, "
+            f"{recipe['dataset']}; name the same ones with --dataset"
+        )
     return checkpoint, model, source, (low, high)
 
 

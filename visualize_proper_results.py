@@ -18,6 +18,7 @@ from experiment.evaluation import (
     psnr,
     psnr_against_noise,
     result_line,
+    spread,
     ssim,
 )
 from experiment.noisy_images import noise_text, noisy_splits
@@ -41,10 +42,9 @@ def summary_table(result):
     for name, values in (("PSNR (dB)", result.psnr), ("SSIM", result.ssim)):
         ordered = np.sort(values)
         decile = max(1, len(ordered) // 10)
-        rows.append(
-            f"{name:<9} {values.mean():7.4g} {values.std():7.4g} {np.median(values):7.4g} "
-            f"{ordered[:decile].mean():11.4g} {ordered[-decile:].mean():10.4g}"
-        )
+        (mean, std), median = spread(values), np.median(values)
+        edges = f"{ordered[:decile].mean():11.4g} {ordered[-decile:].mean():10.4g}"
+        rows.append(f"{name:<9} {mean:7.4g} {std:7.4g} {median:7.4g} {edges}")
     return "\n".join(rows)
 
 
@@ -66,7 +66,7 @@ def draw_images(model, dataset, indices, k_attend, title):
     # [images, blocks, E, grid, grid]
     maps = torch.stack(routings, 1).transpose(2, 3).unflatten(3, (model.grid, model.grid)).cpu()
     blocks, experts = maps.shape[1:3]
-    spread = (maps - 1 / experts).abs().max().item()  # white is an even split
+    most = (maps - 1 / experts).abs().max().item()  # white is an even split
 
     columns = 3 + blocks * experts
     ratios = [1.6] * 3 + [1] * (columns - 3)
@@ -91,7 +91,7 @@ def draw_images(model, dataset, indices, k_attend, title):
             block, expert = divmod(column, experts)
             weights = maps[row, block, expert].numpy()
             picture = axes[row, 3 + column].imshow(
-                weights, cmap="RdBu_r", vmin=1 / experts - spread, vmax=1 / experts + spread
+                weights, cmap="RdBu_r", vmin=1 / experts - most, vmax=1 / experts + most
             )
             axes[row, 3 + column].set_xlabel(f"mean {weights.mean():.2f}")
     for axis, name in zip(axes[0], ("noisy", "denoised", "ground truth"), strict=False):

@@ -68,7 +68,7 @@ def check_noise(noisy, clean, sigma):
         mean, std, _ = clipped_noise(frequency.double(), sigma, torch.zeros(1, dtype=torch.float64))
     else:
         mean, std = 0.0, 0.0
-    error = std / math.sqrt(values)  # standard error of the mean
+    error = std / math.sqrt(values) + 1e-8  # standard error of the mean; float32
     return [
         ("mean of the noise", difference.mean().item(), mean, 5 * error),
         ("std of the noise", difference.std().item(), std, 5 * error),

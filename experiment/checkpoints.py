@@ -1,47 +1,121 @@
 """Reading, checking and writing what training leaves behind: checkpoints, states to resume."""
 
+import math
+import zipfile
 from pathlib import Path
 
 import torch
 
 from experiment.data_parallel import rank
+from experiment.muon import state_shapes
 from experiment.run_files import replace_when_complete, write_csv
 from experiment.user_errors import UserError
 
-CHECKPOINT_KEYS = ("model", "config", "recipe", "epoch", "val_mse")
-RESUME_KEYS = ("recipe", "history", "model", "optimizer", "scheduler", "best")
+# Checks of single values ----------------------------------------------------------------------
 
 
-def read_checkpoint(path, keys=CHECKPOINT_KEYS):
-    """Reads a file that training wrote, without running code from it.
+def whole(least):
+    """A check: an int of at least `least`, below 2³¹."""
+    return lambda value: type(value) is int and least <= value < 2**31
+
+
+def real(value):
+    """A check: a finite number, not negative."""
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def noise(value):
+    """A check: a σ, or a pair of it that ascends from above 0 or is twice the same."""
+    pair = value if isinstance(value, list | tuple) else [value, value]
+    if len(pair) != 2 or not all(map(real, pair)):
+        return False
+    return pair[0] == pair[1] or 0 < pair[0] < pair[1]
+
+
+def weights(value):
+    """A check: a state_dict of finite float32 tensors."""
+    return isinstance(value, dict) and all(
+        isinstance(t, torch.Tensor) and t.dtype == torch.float32 and bool(t.isfinite().all())
+        for t in value.values()
+    )
+
+
+def loads(value):
+    """A check: for every block, the mean routing probability of each expert."""
+    return isinstance(value, list) and all(
+        isinstance(load, list) and all(map(real, load)) for load in value
+    )
+
+
+RECIPE = {"dataset": str, "seed": whole(0), "epochs": whole(1), "noise_level": noise}
+RECIPE |= {"lossless_share": lambda v: v is None or (real(v) and v <= 1), "val_images": whole(1)}
+CHECKPOINT = {"model": weights, "config": dict, "recipe": RECIPE, "epoch": whole(1)}
+CHECKPOINT |= {"val_mse": real}
+TEST = dict.fromkeys(("mse", "psnr_std", "ssim_mean", "ssim_std"), real)
+TEST |= {"noisy_psnr_mean": float, "psnr_mean": float, "images": whole(1), "utilisation": loads}
+IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
+ROW = dict.fromkeys(("train_mse", "val_mse", "balance_loss", "lr", "seconds"), real)
+STATE = {"recipe": RECIPE, "history": list, "model": weights, "optimizer": dict, "best": CHECKPOINT}
+ADVICE = "use a file that denoising_experiment_proper.py wrote, or copy it again"
+
+
+def check(value, kind, path, name=""):
+    """Compares what was read with what it has to be: a type, a check, or a dict of these by key.
+
+    Raises:
+        UserError: `name` in the file `path` is not of its kind.
+    """
+    if isinstance(kind, dict):
+        check(value, dict, path, name)
+        for key, inner in kind.items():
+            where = f"{name}.{key}" if name else key
+            if key not in value:
+                raise UserError(f"{path} does not hold {where}; {ADVICE}")
+            check(value[key], inner, path, where)
+    elif not (isinstance(value, kind) if isinstance(kind, type) else kind(value)):
+        shown = repr(value) if isinstance(value, int | float | str) else type(value).__name__
+        raise UserError(f"{path}: {name or 'its content'} cannot be {shown:.60}; {ADVICE}")
+
+
+# Files ----------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path):
+    """Reads a trained model's file, without running code from it.
 
     Args:
         path: the file.
-        keys: what it has to hold: CHECKPOINT_KEYS or RESUME_KEYS.
 
     Returns:
-        dict with these keys. Of a checkpoint: the model's state_dict ("model"), its "config", what
-        decided its training ("recipe"), the best epoch and its validation MSE, and, where there
-        are such, the --dataset of the training, "test" metrics, "train_seconds", "torch_version".
+        dict with the model's state_dict ("model"), its "config", what decided its training
+        ("recipe"), the best epoch ("epoch"), its validation MSE ("val_mse"), and, where there are
+        such, the --dataset of the training, "test" metrics, "train_seconds", "torch_version".
 
     Raises:
         UserError: the file is missing, damaged, unsafe, or no such file.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint; train one or name another with --checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # the unpickler has its own for every kind of damage
-        raise UserError(
-            f"{path} is no complete checkpoint: truncated, another kind of file, or with more in "
-            "it than tensors and plain values, which could run code; copy or train it again"
-        ) from None
-    if not isinstance(checkpoint, dict) or not set(keys) <= checkpoint.keys():
-        raise UserError(
-            f"{path} does not hold {', '.join(keys)}; "
-            "use a checkpoint that denoising_experiment_proper.py wrote"
-        )
+    checkpoint = load(path)
+    check(checkpoint, CHECKPOINT, path)
+    check(checkpoint, {key: kind for key, kind in IF_THERE.items() if key in checkpoint}, path)
     return checkpoint
+
+
+def load(path):
+    """torch.load, after what torch leaves unchecked: checksums, and sizes beyond the file's."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+            damaged = not stored or archive.testzip()
+        if not damaged:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # the unpickler has its own for every kind of damage
+        pass
+    raise UserError(
+        f"{path} is damaged, of another kind, or holds more than tensors and plain values, which "
+        f"could run code; {ADVICE}"
+    )
 
 
 def write_checkpoint(checkpoint, path):
@@ -68,7 +142,7 @@ def save_run(state, files, fresh=False):
     """Writes what --resume needs, the best checkpoint and the history of a run.
 
     Args:
-        state: dict with RESUME_KEYS.
+        state: dict with the keys of STATE.
         files: RunFiles.
         fresh: keep what an earlier run left under their names.
     """
@@ -78,24 +152,66 @@ def save_run(state, files, fresh=False):
         write_checkpoint(state, files.resume)
         write_checkpoint(state["best"], files.checkpoint)
         write_csv(state["history"], files.history)
+        files.saved = True
 
 
-def read_run(files, recipe):
-    """The state that --resume goes on from; the other files of the run are written again from it.
+def read_run(files, recipe, model):
+    """The state that --resume goes on from.
+
+    Args:
+        files: RunFiles.
+        recipe: dict of the run that is to go on.
+        model: what the state's weights are for.
 
     Raises:
-        UserError: there is none, or it is of another recipe.
+        UserError: there is none, it is damaged, or of another recipe.
     """
     if not files.resume.exists():
         raise UserError(
             f"--resume: there is no interrupted run at {files.resume}; start one without --resume"
         )
-    state = read_checkpoint(files.resume, RESUME_KEYS)
-    check_same_recipe(
-        state["recipe"],
-        recipe,
-        "--resume: the interrupted run had",
-        "repeat its options, or start a new run without --resume",
-    )
-    save_run(state, files)
+    state = load(files.resume)
+    check(state, STATE, files.resume)
+    advice = "repeat its options, or start a new run without --resume"
+    check_same_recipe(state["recipe"], recipe, "--resume: the interrupted run had", advice)
+    history, best = state["history"], state["best"]
+    for epoch, row in enumerate(history, 1):
+        kind = ROW | {"epoch": lambda value, epoch=epoch: value == epoch}
+        check(row, kind, files.resume, f"history, epoch {epoch}")
+    found = min(history, key=lambda row: row["val_mse"], default={"epoch": 0})
+    if best["epoch"] != found["epoch"] or best["recipe"] != state["recipe"]:
+        raise UserError(f"{files.resume} holds the best model of another run; {ADVICE}")
+    for part in (state, best):
+        check_shapes(part["model"], model.state_dict(), files.resume)
     return state
+
+
+def check_shapes(tensors, expected, path):
+    """Raises a UserError unless the dicts have tensors of the same names and shapes.
+
+    Args:
+        tensors: what was read from `path`.
+        expected: dict of tensors, or of shapes.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: getattr(t, "shape", t) for name, t in expected.items()}:
+        raise UserError(f"{path} holds weights of another model; {ADVICE}")
+
+
+def restore_optimizer(optimizer, moments, path):
+    """Loads the moments of a run into its optimizer.
+
+    Args:
+        optimizer: of make_optimizer.
+        moments: {index of a parameter: {name: tensor}}, as read from `path`.
+
+    Raises:
+        UserError: they do not fit; a fused step would read and write beyond them.
+    """
+    shapes = state_shapes(optimizer)
+    if moments.keys() != shapes.keys() or not all(map(weights, moments.values())):
+        raise UserError(f"{path} holds the state of another optimizer; {ADVICE}")
+    for index, expected in shapes.items():
+        check_shapes(moments[index], expected, path)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})

@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -38,6 +40,13 @@ def number(kind, least, strictly=False, most=None):
     return parse
 
 
+def output_file(text):
+    """argparse type: the path of a file."""
+    if Path(text).name in ("", "..") or text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"must name a file, got '{text}'")
+    return text
+
+
 class NoiseLevel(argparse.Action):
     """One σ, or two in ascending order, as a pair."""
 
@@ -61,7 +70,7 @@ OPTIONS = {
             default="./data", metavar="DIR", help="where CIFAR-10 is or gets downloaded to"
         ),
         "noise-level": dict(
-            type=number(float, 0),
+            type=number(float, 0, most=1000),
             nargs=1,
             action=NoiseLevel,
             default=(0.2, 0.2),
@@ -115,7 +124,9 @@ OPTIONS = {
             choices=["auto", "cpu", "cuda", "mps"],
             help="auto takes cuda, else mps, else cpu",
         ),
-        "threads": dict(type=number(int, 1), help="CPU threads (default: as torch chooses)"),
+        "threads": dict(
+            type=number(int, 1, most=1024), help="CPU threads (default: as torch chooses)"
+        ),
         "dtype": dict(
             default="float32",
             choices=["float32", "bfloat16"],
@@ -191,7 +202,7 @@ def add_option(group, name, **settings):
 def add_output(parser, default, what):
     """The option --output, with the same words in every script."""
     group = parser.add_argument_group("output")
-    add_option(group, "--output", default=default, metavar="FILE", help=what)
+    add_option(group, "--output", type=output_file, default=default, metavar="FILE", help=what)
     return group
 
 

@@ -4,6 +4,7 @@ A denoiser is any module that maps noisy images [B, 3, h, w] to a tuple of image
 a list of routing probabilities [B, N, E], empty where nothing is routed.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,22 +31,35 @@ class Evaluation:
 
     def summary(self):
         """The figures that a checkpoint stores, as plain numbers."""
+        (psnr, psnr_std), (ssim, ssim_std) = spread(self.psnr), spread(self.ssim)
         return {
             "mse": self.mse,
-            "noisy_psnr_mean": float(self.noisy_psnr.mean()),
-            "psnr_mean": float(self.psnr.mean()),
-            "psnr_std": float(self.psnr.std()),
-            "ssim_mean": float(self.ssim.mean()),
-            "ssim_std": float(self.ssim.std()),
+            "noisy_psnr_mean": spread(self.noisy_psnr)[0],
+            "psnr_mean": psnr,
+            "psnr_std": psnr_std,
+            "ssim_mean": ssim,
+            "ssim_std": ssim_std,
             "images": len(self.psnr),
             "utilisation": self.utilisation.tolist(),
         }
 
 
 def psnr(restored, clean):
-    """PSNR in dB of one image by scikit-image; arrays [3, h, w] in [0, 1]."""
-    with np.errstate(divide="ignore"):  # equal images have an infinite PSNR
+    """PSNR in dB of one image by scikit-image, infinite for equal ones; [3, h, w] in [0, 1]."""
+    with np.errstate(divide="ignore"):
         return peak_signal_noise_ratio(clean, restored, data_range=1.0)
+
+
+def psnr_of(mse):
+    """PSNR in dB of a mean squared error of values in [0, 1]; infinite for 0."""
+    return -10 * math.log10(mse) if mse > 0 else math.inf
+
+
+def spread(values):
+    """(mean, std) over images or seeds; the std is of the finite ones, 0 where there is none."""
+    values = np.asarray(values, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    return float(values.mean()), float(finite.std()) if len(finite) else 0.0
 
 
 def ssim(restored, clean):
@@ -129,11 +143,16 @@ def psnr_against_noise(model, test_set):
     return rows
 
 
+def plus_minus(values, digits):
+    """ "25.04 ± 1.48": mean and std with that many digits."""
+    mean, std = spread(values)
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
 def result_line(psnr, ssim, dataset_name):
     """The line that ends every script which evaluates."""
     return (
-        f"PSNR {psnr.mean():.2f} ± {psnr.std():.2f} dB   "
-        f"SSIM {ssim.mean():.4f} ± {ssim.std():.4f}   "
+        f"PSNR {plus_minus(psnr, 2)} dB   SSIM {plus_minus(ssim, 4)}   "
         f"images {len(psnr)}   dataset {dataset_name}"
     )
 

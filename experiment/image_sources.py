@@ -4,6 +4,8 @@ Each source gives the three splits as uint8 tensors [n, 3, 32, 32] and the name 
 carries. `load_images` is the door.
 """
 
+import hashlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,14 @@ from PIL import Image, ImageOps
 from skimage.transform import downscale_local_mean
 from tqdm import tqdm
 
-from experiment.user_errors import UserError
+from experiment.user_errors import UserError, printable
 
 SIZE = 32  # side of every image, pixels
 VALIDATION_SHARE = 0.2  # CIFAR-10: 40,000 / 10,000 of the 50,000 training images
 CROPS_PER_FILE = 64  # at most, from one large image of a folder
-LOSSY_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif"}
+# Read by Pillow itself: others, such as EPS, start programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF")
+LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # as a rule; TIFF and WebP are asked
 # Whole photographs per split, so that no test crop has a neighbour among the training crops.
 PHOTOS = {
     "train": ("astronaut", "stereo_motorcycle", "immunohistochemistry"),
@@ -49,10 +53,20 @@ class ImageSource:
     """A named data set: train, val and test splits and the names of the label indices."""
 
     name: str
+    option: str  # what --dataset is for it; of a folder its whole path
     train: Split
     val: Split
     test: Split
     classes: list
+
+    def sha256(self):
+        """Of pixels, labels, kinds of files and order of all three splits, as hexadecimal text."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.val, self.test):
+            for tensor in (split.images, split.labels, split.lossless):
+                digest.update(str(tuple(tensor.shape)).encode())
+                digest.update(tensor.numpy())
+        return digest.hexdigest()
 
 
 def load_images(dataset, data_dir="./data", seed=42):
@@ -100,13 +114,16 @@ def _load_cifar10(data_dir, seed):
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         splits.append(Split(images, torch.tensor(data.targets), torch.ones(len(images)) > 0))
     train, val = _divide(splits[0], torch.arange(len(splits[0])), seed)
-    return ImageSource("CIFAR-10", train, val, splits[1], sets[0].classes)
+    return ImageSource("CIFAR-10", "cifar10", train, val, splits[1], sets[0].classes)
 
 
-def _crops(image, stride):
-    """[h, w, 3] -> [n, 32, 32, 3]: all crops on a grid of that stride."""
+def _crops(image, stride, most=None):
+    """[h, w, 3] -> [n, 32, 32, 3]: crops on a grid of that stride; evenly spread ones of many."""
     windows = np.lib.stride_tricks.sliding_window_view(image, (SIZE, SIZE), axis=(0, 1))
-    return windows[::stride, ::stride].reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1)
+    windows = windows[::stride, ::stride]  # [rows, columns, 3, 32, 32], nothing copied yet
+    count = windows.shape[0] * windows.shape[1]
+    chosen = np.linspace(0, count - 1, min(count, most or count)).astype(int)
+    return windows[np.unravel_index(chosen, windows.shape[:2])].transpose(0, 2, 3, 1)
 
 
 def _load_photos():
@@ -125,28 +142,76 @@ def _load_photos():
                     labels += [classes.index(name)] * len(images[-1])
         images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
         splits[part] = Split(images, torch.tensor(labels), torch.ones(len(images)) > 0)
-    return ImageSource("photos", **splits, classes=classes)
+    return ImageSource("photos", "photos", **splits, classes=classes)
 
 
 def read_image(path):
     """Reads a file as uint8 RGB [h, w, 3]: grey becomes colour, alpha is laid over white.
 
+    Returns:
+        (array, whether the file stores it without loss).
+
     Raises:
-        OSError, ValueError, SyntaxError: it is no image, or its values have no known range.
+        Exception: of any kind: it is no image of FORMATS, damaged, or of values of unknown range.
     """
-    with Image.open(path) as image:
-        is_png = image.format == "PNG"
+    Image.init()
+    formats = [kind for kind in FORMATS if kind in Image.OPEN]  # not every Pillow has all
+    # As a file, since by name Pillow reads some turned TIFFs as stripes.
+    with open(path, "rb") as file, Image.open(file, formats=formats) as image:
+        kind, lossless = image.format, stored_lossless(image, file)
+        if kind == "TIFF":
+            check_tiff(image.tag_v2)
         image = ImageOps.exif_transpose(image)
-        # Pillow releases differ in the mode that they give a PNG of 16 bits.
-        if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        # Pillow has 16 bits in one of these modes, depending on its release.
+        if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+            image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError("32 bits per value, of a range that the file does not tell")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), lossless
+
+
+def stored_lossless(image, file):
+    """Whether an opened image's file stores its pixels without loss; its name does not tell."""
+    if image.format == "TIFF":
+        return image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
+    if image.format == "WEBP":
+        file.seek(12)
+        return file.read(4) == b"VP8L"
+    return image.format in LOSSLESS
+
+
+def check_tiff(tags):
+    """Raises a ValueError for layouts of which Pillow makes other values than the file's."""
+    bits, photometric, planar = (tags.get(tag) for tag in (258, 262, 284))
+    bits = set(bits) if isinstance(bits, tuple) else {bits or 1}
+    if not bits <= {1, 2, 4, 8, 16, 32}:
+        raise ValueError(f"TIFF of {', '.join(map(str, sorted(bits)))} bits; save it with 8 or 16")
+    if bits == {16} and (photometric == 0 or planar == 2):
+        raise ValueError("TIFF of 16 bits, inverted or in planes; save it in another way")
+
+
+def list_images(folder):
+    """All files below a folder, sorted, links followed, hidden files and folders left out.
+
+    Raises:
+        UserError: a part of it cannot be read.
+    """
+
+    def refuse(error):
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        place = os.path.realpath(root)
+        folders[:] = [] if place in seen else [n for n in folders if not n.startswith(".")]
+        names = [] if place in seen else names
+        seen.add(place)
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _load_folder(folder, seed):
@@ -155,54 +220,49 @@ def _load_folder(folder, seed):
             f"--dataset {folder}: no such folder; name one with train/ and test/ image files, "
             "or use cifar10 or photos"
         )
-    parts = {}
     for part in ("train", "test"):
         if not (folder / part).is_dir():
             raise UserError(f"{folder} has no {part}/ folder; put {part} images into it")
-        parts[part] = sorted(
-            p for p in (folder / part).rglob("*") if p.is_file() and not p.name.startswith(".")
-        )
+    paths = {part: list_images(folder / part) for part in ("train", "test")}
     # The class of a file is its sub-folder of train/ or test/, where it has one.
     class_of = {
         path: path.relative_to(folder / part).parts[0] if path.parent != folder / part else ""
-        for part, paths in parts.items()
-        for path in paths
+        for part in paths
+        for path in paths[part]
     }
+    class_of = {path: printable(name) for path, name in class_of.items()}
     classes = sorted(set(class_of.values()))
-    splits, groups = {}, {}
-    for part, paths in parts.items():
-        images, labels, lossless, files, skipped = [], [], [], [], []
-        bar = tqdm(paths, f"reading {part}", unit="file", leave=False, disable=None)
-        for path in bar:
-            try:
-                image = read_image(path)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                skipped.append(f"{path} ({type(error).__name__})")
-                continue
+    whole, groups = _read_split(folder / "train", paths["train"], class_of, classes)
+    train, val = _divide(whole, groups, seed)
+    test, _ = _read_split(folder / "test", paths["test"], class_of, classes)
+    name = printable(f"folder {folder.resolve().name}")
+    return ImageSource(name, str(folder.resolve()), train, val, test, classes)
+
+
+def _read_split(folder, paths, class_of, classes):
+    """(Split, int64 [n], the file that each image is from) of image files."""
+    images, labels, lossless, files, skipped = [], [], [], [], []
+    for path in tqdm(paths, f"reading {folder.name}", unit="file", leave=False, disable=None):
+        try:
+            image, kept_all = read_image(path)
             if min(image.shape[:2]) < SIZE:
-                skipped.append(f"{path} ({image.shape[1]}×{image.shape[0]} pixels)")
-                continue
-            crops = _crops(image, SIZE)
-            if len(crops) > CROPS_PER_FILE:
-                crops = crops[np.linspace(0, len(crops) - 1, CROPS_PER_FILE).astype(int)]
-            images.append(crops)
-            labels += [classes.index(class_of[path])] * len(crops)
-            lossless += [path.suffix.lower() not in LOSSY_SUFFIXES] * len(crops)
-            files += [len(images) - 1] * len(crops)
-        if skipped:
-            named = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
-            print(
-                f"warning: skipped {len(skipped)} of {len(paths)} files in {folder / part} that "
-                f"are no images of at least {SIZE}×{SIZE} pixels: {named}",
-                file=sys.stderr,
-            )
-        if len(images) < (2 if part == "train" else 1):
-            raise UserError(
-                f"{folder / part} holds {len(images)} readable image files of at least "
-                f"{SIZE}×{SIZE} pixels; training takes 2 or more and testing 1"
-            )
-        images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
-        splits[part] = Split(images, torch.tensor(labels), torch.tensor(lossless))
-        groups[part] = torch.tensor(files)
-    train, val = _divide(splits["train"], groups["train"], seed)
-    return ImageSource(f"folder {folder.resolve().name}", train, val, splits["test"], classes)
+                raise ValueError(f"{image.shape[1]}×{image.shape[0]} pixels, less than {SIZE}")
+        except Exception as error:  # decoders have their own for every kind of damage
+            skipped.append(f"{path} ({str(error) or type(error).__name__})")
+            continue
+        crops = _crops(image, SIZE, CROPS_PER_FILE)
+        images.append(crops)
+        labels += [classes.index(class_of[path])] * len(crops)
+        lossless += [kept_all] * len(crops)
+        files += [len(images) - 1] * len(crops)
+    if skipped:
+        named = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
+        count = f"{len(skipped)} of {len(paths)} files in {folder}"
+        print(printable(f"warning: skipped {count}: {named}"), file=sys.stderr)
+    if len(images) < (2 if folder.name == "train" else 1):
+        raise UserError(
+            f"{folder} holds {len(images)} readable image files of at least {SIZE}×{SIZE} pixels; "
+            "training takes 2 or more and testing 1"
+        )
+    images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.tensor(labels), torch.tensor(lossless)), torch.tensor(files)

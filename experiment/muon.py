@@ -25,6 +25,19 @@ def make_optimizer(model, name, lr, weight_decay):
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
 
 
+def state_shapes(optimizer):
+    """{index of a parameter: {name: shape}}: what its state holds after a step."""
+    shapes = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if "momentum" in group:
+                of_p = {"momentum_buffer": p.flatten(1).shape}
+            else:
+                of_p = {"exp_avg": p.shape, "exp_avg_sq": p.shape}
+            shapes[len(shapes)] = {"step": torch.Size(), **of_p}
+    return shapes
+
+
 class Muon(torch.optim.AdamW):
     """Steps along the orthogonalised momentum of weight matrices; all else gets AdamW.
 

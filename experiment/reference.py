@@ -1,18 +1,5 @@
 """The straightforward implementation: what the fast one has to agree with, and is timed against."""
 
-import torch
-
-
-def loop_attention(query, key, value, k_attend):
-    """The definition, one query at a time: query [N, d], key [M, d], value [M, d_v] -> [N, d_v]."""
-    rows = []
-    for q in query:
-        scores = torch.stack([q @ k for k in key]) / len(q) ** 0.5
-        kept = sorted(range(len(key)), key=lambda j: -scores[j])[:k_attend]
-        weights = torch.softmax(scores[kept], 0)
-        rows.append(sum(w * value[j] for w, j in zip(weights, kept, strict=True)))
-    return torch.stack(rows)
-
 
 def gather_attention(query, key, value, k_attend):
     """Gathers the selected values, [..., N, k, d]; arguments and result as `topk_attention`'s."""

@@ -2,19 +2,22 @@
 
 import contextlib
 import csv
-import math
+import glob
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import matplotlib
 from matplotlib import pyplot as plt
-from matplotlib.backend_bases import FigureCanvasBase
 
+from experiment.evaluation import psnr_of
 from experiment.user_errors import UserError
 
 matplotlib.use("Agg")  # figures go to files, also where there is no display
+plt.rcParams["text.parse_math"] = False  # a $ in the name of a folder is no formula
+PICTURES = (".png", ".pdf", ".svg")
 
 
 @contextlib.contextmanager
@@ -32,13 +35,13 @@ def replace_when_complete(path):
             raise UserError(f"cannot write {path}: its folder does not exist; create it")
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path}: it is a folder or a device; name a file")
-        handle, temporary = tempfile.mkstemp(path.suffix, f".{path.stem}.", path.parent)
+        handle, temporary = tempfile.mkstemp(path.suffix, temporary_prefix(path), path.parent)
         os.close(handle)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0o600 would hide the file from a group
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
     try:
         yield Path(temporary)
         os.replace(temporary, path)
@@ -46,6 +49,10 @@ def replace_when_complete(path):
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def temporary_prefix(path):
+    return f".{path.stem}.incomplete-"
 
 
 def check_writable(path):
@@ -66,12 +73,40 @@ def check_picture(path):
     """Fails now if a picture could not be written to `path`.
 
     Raises:
-        UserError: matplotlib knows no such format, or as check_writable does.
+        UserError: it is none of PICTURES, or as check_writable does.
     """
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if Path(path).suffix.lower().lstrip(".") not in formats:
+    if Path(path).suffix.lower() not in PICTURES:
         raise UserError(f"cannot draw {path}: unknown kind of picture; use .png, .pdf or .svg")
     check_writable(path)
+
+
+@contextlib.contextmanager
+def locked(paths):
+    """Within the block, no other process writes these files; ends with the process in any case.
+
+    What a run that was killed left half written is removed.
+
+    Raises:
+        UserError: another process has them, or they could not be written.
+    """
+    for path in paths:
+        check_writable(path)
+    first = Path(os.path.realpath(paths[0]))
+    lock = filelock.FileLock(first.with_name(f".{first.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"another run is writing {first}; wait for it, or name another --output"
+        ) from None
+    try:
+        for path in (Path(os.path.realpath(path)) for path in paths):
+            for left in path.parent.glob(glob.escape(temporary_prefix(path)) + "*"):
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_figure(figure, path, dpi=110):
@@ -81,9 +116,17 @@ def write_figure(figure, path, dpi=110):
     plt.close(figure)
 
 
+def write_text(text, path):
+    with replace_when_complete(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_csv(rows, path):
     """Writes dicts with the same keys as a CSV file with a header."""
-    with replace_when_complete(path) as temporary, open(temporary, "w", newline="") as file:
+    with (
+        replace_when_complete(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
@@ -101,15 +144,11 @@ class RunFiles:
         self.curve = Path(f"{stem}_curve.png")
         self.resume = Path(f"{stem}_resume.pt")
         self.all = (self.checkpoint, self.history, self.curve, self.resume)
-
-    def check(self):
-        """Raises UserError now if they could not be written at the end."""
-        for path in self.all:
-            check_writable(path)
+        self.saved = False  # whether this run has written any
 
     def how_to_go_on(self):
         """The sentence that ends an interrupted run."""
-        if not self.resume.exists():
+        if not self.saved:
             return "interrupted before the first epoch was complete; nothing is kept"
         return (
             f"interrupted; {self.resume} has the run up to its last complete epoch, "
@@ -126,6 +165,8 @@ class RunFiles:
             if path.exists():
                 os.replace(path, new)
                 print(f"kept the existing {path} as {new}")
+        if kept.resume.exists() and kept is not self:
+            print(f"that run was not complete; --resume --output {kept.checkpoint} goes on with it")
 
 
 def draw_history(history):
@@ -133,7 +174,7 @@ def draw_history(history):
     epochs = [row["epoch"] for row in history]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, label in (("train_mse", "training"), ("val_mse", "validation")):
-        axis.plot(epochs, [-10 * math.log10(row[name]) for row in history], ".-", label=label)
+        axis.plot(epochs, [psnr_of(row[name]) for row in history], ".-", label=label)
     best = min(history, key=lambda row: row["val_mse"])
     axis.axvline(best["epoch"], color="grey", lw=0.8, ls=":", label=f"best: {best['epoch']}")
     axis.set(xlabel="epoch", ylabel="PSNR of the mean squared error (dB)", title="Learning curve")

@@ -1,10 +1,50 @@
 """Errors that a user can put right, and how a script ends with one."""
 
+import contextlib
+import os
 import sys
+
+import torch
 
 
 class UserError(Exception):
     """Something the user can put right; `run_main` prints its one sentence, without a traceback."""
+
+
+class PatientStream:
+    """stdout or stderr, where a lost terminal or a full disk does not end a run."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115, it lives as long as stdout
+        if hasattr(self.stream, "reconfigure"):  # not every terminal and log file knows σ
+            with self.patience():
+                self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.patience():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with self.patience():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def patience(self):
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: it is closed
+            # From now on to nowhere, what is still buffered as well.
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+def printable(text):
+    """Text with the names and contents of files in it, without control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def run_main(main):
@@ -12,14 +52,24 @@ def run_main(main):
 
     Bad input ends in one sentence on stderr and exit code 2, Ctrl-C in one and exit code 130.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # not every terminal and log file knows σ
-    try:
-        code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt as interrupt:
-        print(interrupt.args[0] if interrupt.args else "interrupted", file=sys.stderr)
-        code = 130
+    out, err = PatientStream(sys.stdout), PatientStream(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main()
+        except UserError as error:
+            code = refuse(str(error))
+        except KeyboardInterrupt as interrupt:
+            print(interrupt.args[0] if interrupt.args else "interrupted", file=sys.stderr)
+            code = 130
+        except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory alone
+            exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not exhausted and "allocate memory" not in str(error):
+                raise
+            code = refuse("there is not enough memory; use a smaller --batch-size or fewer images")
+        out.flush()
     sys.exit(code)
+
+
+def refuse(sentence):
+    print(f"error: {printable(sentence)}", file=sys.stderr)
+    return 2

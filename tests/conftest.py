@@ -141,9 +141,8 @@ def assert_refused(process, *words):
 def trained(tmp_path_factory):
     """A run of the training script on photos: its folder, its output, its checkpoint."""
     path = tmp_path_factory.mktemp("trained")
-    # Small batches and Muon: far in little time.
-    options = ("--optimizer", "muon", "--lr", 4e-3, "--epochs", 2, "--batch-size", 16)
-    options += ("--output", "model.pt")
+    # The refined recipe in small batches: far in little time.
+    options = ("--recipe", "refined", "--epochs", 1, "--batch-size", 32, "--output", "model.pt")
     process = run_script(
         "denoising_experiment_proper.py", "--dataset", "photos", *options, cwd=path
     )

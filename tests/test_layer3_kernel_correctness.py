@@ -10,11 +10,21 @@ from conftest import Recorder
 from conv_stages import NAFBlock
 from experiment.reference import (
     gather_attention,
-    loop_attention,
     straightforward_expert,
     straightforward_moe,
 )
 from topk_attention import TIES, topk_attention
+
+
+def loop_attention(query, key, value, k_attend):
+    """The definition, one query at a time: query [N, d], key [M, d], value [M, d_v] -> [N, d_v]."""
+    rows = []
+    for q in query:
+        scores = torch.stack([q @ k for k in key]) / len(q) ** 0.5
+        kept = sorted(range(len(key)), key=lambda j: -scores[j])[:k_attend]
+        weights = torch.softmax(scores[kept], 0)
+        rows.append(sum(w * value[j] for w, j in zip(weights, kept, strict=True)))
+    return torch.stack(rows)
 
 
 def random_qkv(*shape, requires_grad=False):
@@ -117,6 +127,17 @@ def test_blocks_of_queries_change_nothing(seeded, monkeypatch, max_scores, k_att
         torch.autograd.grad((blocked * target).sum(), inputs), expected, strict=True
     ):
         assert torch.allclose(got, wanted, atol=1e-12)
+
+
+def test_blocks_are_made_of_queries_and_all_keys(seeded, monkeypatch):
+    """Few queries and many keys: a block holds MAX_SCORES / keys of the former."""
+    query, key, value = random_qkv(1, 4, 6)[0], *random_qkv(1, 40, 6)[1:]
+    whole = topk_attention(query, key, value, 7)
+    monkeypatch.setattr(kernel, "MAX_SCORES", 2 * 40)
+    with Recorder() as recorder:
+        blocked = topk_attention(query, key, value, 7)
+    assert recorder.calls["topk"] == 2
+    assert torch.allclose(blocked, whole, atol=1e-12)
 
 
 def with_ties(inputs, copies):

@@ -20,6 +20,8 @@ from denoising_experiment_proper import Recipe, train
 from experiment import cuda_graphs, data_parallel
 from experiment.checkpoints import read_run
 from experiment.command_line import PUBLISHED_CHECKPOINT
+from experiment.evaluation import evaluate
+from experiment.image_sources import load_images
 from experiment.muon import Muon, make_optimizer, orthogonalised
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from experiment.run_files import RunFiles
@@ -158,14 +160,18 @@ def test_load_balancing_prevents_collapse():
     assert balanced.max() < 0.4
 
 
-@pytest.mark.parametrize("loss", ["mse", "psnr"])
-def test_a_training_step_minimises_the_sum_of_both_losses(vit, photos, loss):
-    """Its gradients are those of the loss + 0.01 · the load-balancing loss of every block."""
+@pytest.mark.parametrize(("loss", "near"), [("mse", False), ("psnr", False), ("psnr", True)])
+def test_a_training_step_minimises_the_sum_of_both_losses(vit, photos, loss, near):
+    """Its gradients are those of the loss + 0.01 · the load-balancing loss of every block.
+
+    Near the true image the PSNR's stay bounded.
+    """
     noisy, clean, _ = next(NoisyImageDataset(photos.train).batches(4))
     with torch.no_grad():
         for block in vit.blocks:
             block.attention.router.mlp[-1].bias.copy_(torch.tensor([3.0, 0.0, -3.0]))
     image, routings = vit(noisy)
+    clean = image.detach() + 1e-3 * torch.randn_like(clean) if near else clean
     errors = (image - clean).square().mean((1, 2, 3))
     objective = errors.mean() if loss == "mse" else (errors + 1e-5).log10().mean() / 100
     (objective + 0.01 * sum(map(load_balancing_loss, routings))).backward()
@@ -175,7 +181,14 @@ def test_a_training_step_minimises_the_sum_of_both_losses(vit, photos, loss):
     measured, _ = experiment.training_step(vit, still, noisy, clean, Recipe(loss=loss))
     assert measured == pytest.approx(errors.mean().item(), rel=1e-5)
     for parameter, gradient in zip(vit.parameters(), expected, strict=True):
-        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-7)
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6 if near else 1e-7)
+
+
+def test_an_expert_that_is_hardly_used_any_more_is_called_back():
+    """However little its load: a clamp of the load would end its gradient."""
+    logits = torch.tensor([0.0, -14.0, -14.0]).expand(1, 6, 3).clone().requires_grad_()
+    load_balancing_loss(logits.softmax(-1)).backward()
+    assert (logits.grad[..., 1:] < -1e-3).all()
 
 
 def test_trained_routers_use_every_expert(trained):
@@ -203,7 +216,9 @@ def same_weights(one, other):
 @pytest.fixture(scope="session")
 def few(photos):
     """Training and validation images for trainings of a few steps."""
-    return NoisyImageDataset(photos.train[::120]), NoisyImageDataset(photos.val[:4], stream=1)
+    train_set = NoisyImageDataset(photos.train[::120])
+    train_set.split.lossless[::2] = False
+    return train_set, NoisyImageDataset(photos.val[:4], stream=1)
 
 
 def train_few(few, files=None, state=None, fast=None, name="published", **changes):
@@ -211,7 +226,7 @@ def train_few(few, files=None, state=None, fast=None, name="published", **change
     recipe = replace(Recipe(epochs=3, batch_size=4), **changes)
     torch.manual_seed(recipe.seed)
     model = SmallViT(MODELS[name])
-    about = {"recipe": recipe.as_dict()}
+    about = {"config": {}, "recipe": {"dataset": "photos", "val_images": 4, **recipe.as_dict()}}
     return train(model, *few, recipe, files, about, state, fast and fast(model))
 
 
@@ -236,7 +251,8 @@ def test_a_seed_repeats_bit_for_bit(few, plain):
     "change",
     [
         *({"seed": 7}, {"loss": "psnr"}, {"optimizer": "muon"}, {"weight_decay": 0.5}),
-        *({"flip": True}, {"balance_weight": 1.0}, {"lr": 1e-2}),
+        *({"flip": True}, {"balance_weight": 1.0}, {"lr": 1e-2}, {"lossless_share": 0.9}),
+        *({"batch_size": 5}, {"dtype": "bfloat16"}),
     ],
     ids=str,
 )
@@ -296,6 +312,15 @@ def test_muon_takes_the_definitions_second_step(seeded):
     assert (torch.linalg.svdvals(update) - 1).abs().max() < 0.3
 
 
+def test_muons_other_parameters_forget_squares_within_twenty_steps():
+    """β₂ = 0.95, as of language models: a first square weighs 0.05."""
+    bias = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Muon([bias], lr=0.1)
+    bias.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    assert torch.allclose(optimizer.state[bias]["exp_avg_sq"], torch.full((3,), 0.05 * 4))
+
+
 @pytest.mark.parametrize(("optimizer", "of_others"), [("muon", 1.0), ("adamw", 0.95)])
 def test_weight_decay_is_of_matrices_alone_in_muon_and_of_all_in_adamw(optimizer, of_others):
     layer = torch.nn.Linear(8, 8)
@@ -318,6 +343,37 @@ def test_muon_takes_matrices_of_one_shape_in_one_batch(seeded):
             optimizer.step()
         counts.append(recorder.calls["bmm"] + recorder.calls["baddbmm"])
     assert counts == [15, 15]  # 3 products in each of 5 iterations
+
+
+def test_the_learning_rate_falls_as_a_cosine_once_an_epoch(plain):
+    assert [row["lr"] for row in plain["history"]] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
+
+
+def test_the_best_epoch_is_kept_and_tested(call, folder, monkeypatch):
+    """Not the last one: validation finds 0.03, 0.01 and 0.02."""
+    errors, snapshots = iter([0.03, 0.01, 0.02]), []
+
+    def validation_mse(model, _):
+        snapshots.append(copy.deepcopy(model.state_dict()))
+        return next(errors)
+
+    monkeypatch.setattr(experiment, "validation_mse", validation_mse)
+    process = train_on(call, folder, "m.pt")
+    assert process.returncode == 0, process.stderr
+    checkpoint = torch.load("m.pt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["val_mse"]) == (2, 0.01)
+    assert same_weights(checkpoint["model"], snapshots[1])
+    test_set = noisy_splits(load_images(str(folder)), 0.2)[2]
+    assert checkpoint["test"] == evaluate(load_model("m.pt"), test_set).summary()
+
+
+def test_gradients_are_clipped_before_the_step(vit, photos, monkeypatch):
+    noisy, clean, _ = next(NoisyImageDataset(photos.train).batches(4))
+    monkeypatch.setattr(experiment, "CLIP_NORM", 1e-3)
+    before = torch.cat([p.detach().flatten().clone() for p in vit.parameters()])
+    experiment.training_step(vit, torch.optim.SGD(vit.parameters(), 1.0), noisy, clean, Recipe())
+    after = torch.cat([p.detach().flatten() for p in vit.parameters()])
+    assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 class Killed(BaseException):
@@ -347,9 +403,12 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
         patch.setattr(experiment.nn.utils, "clip_grad_norm_", kill)
         with pytest.raises(Killed):
             train_few(few, files, **changes)
-    files.history.unlink()  # as if it had been killed between two files
-    files.checkpoint.write_text("of somebody else")
-    state = read_run(files, {"epochs": 3})
+        files.history.unlink()  # as if it had been killed between two files
+        files.checkpoint.write_text("of somebody else")
+        state = read_run(files, {"epochs": 3}, SmallViT(MODELS[recipe]))
+        with pytest.raises(Killed):
+            train_few(few, files, state, **changes)
+    state = read_run(files, {"epochs": 3}, SmallViT(MODELS[recipe]))
     assert len(state["history"]) == stop_after // 5
     assert load_history(files) == rows(state)
     assert same_weights(weights(files.checkpoint), state["best"]["model"])
@@ -357,6 +416,91 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(
     assert same_weights(state["model"], whole["model"])
     assert same_weights(weights(files.checkpoint), whole["best"]["model"])
     assert rows(state) == rows(whole) == load_history(files)
+
+
+@pytest.fixture
+def interrupted(few, tmp_path, monkeypatch):
+    """A run that was killed in its second epoch: function(change of its state) -> RunFiles."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "print_epoch", raise_killed)
+        with pytest.raises(Killed):
+            train_few(few, RunFiles(Path("m.pt")))
+    state = torch.load("m_resume.pt", weights_only=True)
+
+    def forge(change):
+        change(state)
+        torch.save(state, "m_resume.pt")
+        return RunFiles(Path("m.pt"))
+
+    return forge
+
+
+def raise_killed(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["optimizer"][3].update(exp_avg=torch.zeros(1)),  # fused steps trust its size
+        lambda s: s["optimizer"][3].update(exp_avg=s["optimizer"][3]["exp_avg"].double()),
+        lambda s: s["optimizer"][0].update(step=torch.zeros(2)),
+        lambda s: s["optimizer"].pop(5),
+        lambda s: s["optimizer"].update({7: None}),
+        lambda s: s["optimizer"].update({99: {}}),
+        lambda s: s.update(optimizer=[]),
+        lambda s: s["model"].pop("position"),
+        lambda s: s["model"].update(position=torch.zeros(1, 64, 127)),
+        lambda s: s["best"]["model"].update(position=torch.full((1, 64, 128), float("inf"))),
+        lambda s: s["best"].pop("val_mse"),
+        lambda s: s["history"][0].pop("train_mse"),
+        lambda s: s["history"][0].update(seconds="0"),
+        lambda s: s["history"][0].update(epoch=2),
+        lambda s: s["history"].append(None),
+        lambda s: s["history"].clear(),
+        lambda s: s["best"].update(epoch=30),
+        lambda s: s["best"].update(recipe=s["recipe"] | {"lr": 0.5}),
+        lambda s: s.update(history=None),
+        lambda s: s.update(recipe=[]),
+        lambda s: s.pop("model"),
+    ],
+)
+def test_damaged_states_are_refused(few, interrupted, change):
+    files = interrupted(change)
+    written = files.checkpoint.read_bytes()
+    with pytest.raises(UserError, match=r"m_resume.pt|interrupted run"):
+        train_few(few, files, read_run(files, {"epochs": 3}, SmallViT()))
+    assert files.checkpoint.read_bytes() == written
+
+
+def test_a_run_does_not_go_on_with_other_images(call, folder, monkeypatch):
+    """Names and numbers stay: one file is replaced, two exchange their names."""
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "print_epoch", raise_killed)
+        with pytest.raises(Killed):
+            train_on(call, folder, "m.pt")
+    one, other = (folder / "test" / "a" / f"00{n}.png" for n in (0, 1))
+    first, second = one.read_bytes(), other.read_bytes()
+    for of_one, of_other in ((second, second), (second, first)):
+        one.write_bytes(of_one)
+        other.write_bytes(of_other)
+        process = train_on(call, folder, "m.pt", "--resume")
+        assert_refused(process, "the interrupted run had images_sha256", "--resume")
+    one.write_bytes(first)
+    other.write_bytes(second)
+    assert train_on(call, folder, "m.pt", "--resume").returncode == 0
+
+
+def test_a_kept_run_can_be_gone_on_with(call, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "print_epoch", raise_killed)
+        with pytest.raises(Killed):
+            train_on(call, folder, "m.pt")
+    process = train_on(call, folder, "m.pt")
+    assert process.returncode == 0 and "--resume --output m.1.pt" in process.stdout
+    assert train_on(call, folder, "m.1.pt", "--resume").returncode == 0
+    assert same_weights(weights("m.1.pt"), weights("m.pt"))
 
 
 def test_an_interrupted_run_says_how_to_go_on(call, folder, monkeypatch):
@@ -509,10 +653,15 @@ def test_learning_rates_in_tensors_mean_the_same(vit, optimizer):
         plain.step()
         with cuda_graphs.rates_on_device(recordable) as rates:
             assert all(rate.item() == pytest.approx(3e-3) for rate in rates)
+            assert all(
+                group["lr"] is rate
+                for group, rate in zip(recordable.param_groups, rates, strict=True)
+            )
             assert all(group["capturable"] for group in recordable.param_groups)
             recordable.step()
     for group in recordable.param_groups:
         assert (group["lr"], group["capturable"]) == (3e-3, False)
+        assert isinstance(group["lr"], float)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
 
@@ -545,17 +694,24 @@ def test_training_goes_on_where_no_graph_can_be_recorded(vit, monkeypatch, capsy
     assert all(map(torch.equal, replayed.parameters(), plain.parameters()))
 
 
-@pytest.mark.parametrize("name", ["vit", "refined"])
-def test_models_compile_to_one_graph(name, request):
+def test_batches_of_another_shape_are_not_replayed(vit, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    step = cuda_graphs.ReplayedStep(lambda noisy, clean: len(noisy), None)
+    step.shape, step.warm_up, step.graph = torch.Size([4, 3, 32, 32]), 0, "recorded for four"
+    assert step(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)) == 1
+
+
+def test_models_compile_to_one_graph(seeded):
     """Without the code generator, which needs a C++ compiler; a break in the graph would raise."""
-    model = request.getfixturevalue(name)
-    gradients = []
+    model, gradients = SmallViT(replace(MODELS["refined"], num_layers=1, conv_depth=1)), []
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         run(torch.ones(2, 3, 32, 32))[0].square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     for eager, compiled in zip(*gradients, strict=True):
-        assert torch.allclose(compiled, eager, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(compiled, eager, rtol=1e-3, atol=1e-5)
 
 
 def test_bfloat16_stays_close_to_float32_and_keeps_float32_weights(few, plain):
@@ -620,12 +776,16 @@ def test_splits_epochs_and_images_have_noise_of_their_own(photos):
     assert not torch.equal(val[0][0], test[0][0])
     grey = NoisyImageDataset(photos.test[[0, 0]])
     assert not torch.equal(grey[0][0], grey[1][0])
+    shifted = NoisyImageDataset(photos.test[[0, 0]], stream=1)
+    assert not torch.equal(shifted[0][0], grey[1][0])  # stream 1, image 0; stream 0, image 1
     train.split = train.split[[0] * 8]  # one image, so that the order does not matter
     first, again, second, other = (
         next(train.shuffled_batches(8, seed, epoch))[0]
         for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1))
     )
     assert torch.equal(first, again)
+    steps = [noisy for noisy, _, _ in train.shuffled_batches(4, seed=0, epoch=1)]
+    assert not torch.equal(*steps)
     assert not torch.equal(first, second)
     assert not torch.equal(first, other)
 
