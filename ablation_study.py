@@ -133,7 +133,7 @@ def files_of(output):
 
 
 def write_results(files, recipe, rows):
-    text = json.dumps({"recipe": recipe, "rows": rows}, indent=2, allow_nan=False)
+    text = json.dumps({"recipe": recipe, "rows": rows}, indent=2)
     write_text(text + "\n", files[0])
     write_text(markdown(rows, recipe), files[1])
 

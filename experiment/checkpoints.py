@@ -1,6 +1,5 @@
 """Reading, checking and writing what training leaves behind: checkpoints, states to resume."""
 
-import math
 import zipfile
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def whole(least):
 
 def real(value):
     """A check: a finite number, not negative."""
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+    return type(value) in (int, float) and 0 <= value < 1e300
 
 
 def noise(value):
@@ -35,7 +34,9 @@ def noise(value):
 def weights(value):
     """A check: a state_dict of finite float32 tensors."""
     return isinstance(value, dict) and all(
-        isinstance(t, torch.Tensor) and t.dtype == torch.float32 and bool(t.isfinite().all())
+        isinstance(t, torch.Tensor)
+        and (t.dtype, t.layout, t.device.type) == (torch.float32, torch.strided, "cpu")
+        and bool(t.isfinite().all())
         for t in value.values()
     )
 
@@ -54,7 +55,8 @@ CHECKPOINT |= {"val_mse": real}
 TEST = dict.fromkeys(("mse", "psnr_std", "ssim_mean", "ssim_std"), real)
 TEST |= {"noisy_psnr_mean": float, "psnr_mean": float, "images": whole(1), "utilisation": loads}
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
-ROW = dict.fromkeys(("train_mse", "val_mse", "balance_loss", "lr", "seconds"), real)
+ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
+ROW |= {"balance_loss": float}  # rounding takes it below 0
 STATE = {"recipe": RECIPE, "history": list, "model": weights, "optimizer": dict, "best": CHECKPOINT}
 ADVICE = "use a file that denoising_experiment_proper.py wrote, or copy it again"
 
@@ -178,8 +180,9 @@ def read_run(files, recipe, model):
     for epoch, row in enumerate(history, 1):
         kind = ROW | {"epoch": lambda value, epoch=epoch: value == epoch}
         check(row, kind, files.resume, f"history, epoch {epoch}")
-    found = min(history, key=lambda row: row["val_mse"], default={"epoch": 0})
-    if best["epoch"] != found["epoch"] or best["recipe"] != state["recipe"]:
+    least = min((row["val_mse"] for row in history), default=None)
+    found = [row["epoch"] for row in history if row["val_mse"] == least]
+    if best["epoch"] not in found or best["recipe"] != state["recipe"]:
         raise UserError(f"{files.resume} holds the best model of another run; {ADVICE}")
     for part in (state, best):
         check_shapes(part["model"], model.state_dict(), files.resume)
@@ -213,5 +216,10 @@ def restore_optimizer(optimizer, moments, path):
         raise UserError(f"{path} holds the state of another optimizer; {ADVICE}")
     for index, expected in shapes.items():
         check_shapes(moments[index], expected, path)
+    # With strides of their own: an expanded tensor has the shape, but not the memory.
+    moments = {
+        index: {name: tensor.contiguous() for name, tensor in of_one.items()}
+        for index, of_one in moments.items()
+    }
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})

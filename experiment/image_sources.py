@@ -154,6 +154,8 @@ def read_image(path):
     Raises:
         Exception: of any kind: it is no image of FORMATS, damaged, or of values of unknown range.
     """
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError("no file, or a link to none")
     Image.init()
     formats = [kind for kind in FORMATS if kind in Image.OPEN]  # not every Pillow has all
     # As a file, since by name Pillow reads some turned TIFFs as stripes.

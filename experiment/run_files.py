@@ -91,22 +91,20 @@ def locked(paths):
     """
     for path in paths:
         check_writable(path)
-    first = Path(os.path.realpath(paths[0]))
-    lock = filelock.FileLock(first.with_name(f".{first.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"another run is writing {first}; wait for it, or name another --output"
-        ) from None
-    try:
+    with contextlib.ExitStack() as stack:
         for path in (Path(os.path.realpath(path)) for path in paths):
+            lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise UserError(
+                    f"another run is writing {path}; wait for it, or name another --output"
+                ) from None
+            stack.callback(lock.release)
+            stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
             for left in path.parent.glob(glob.escape(temporary_prefix(path)) + "*"):
                 left.unlink(missing_ok=True)
         yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def write_figure(figure, path, dpi=110):

@@ -1167,6 +1167,9 @@ def test_two_runs_do_not_write_the_same_files(call, folder, tmp_path):
         assert not list(tmp_path.glob(".m.incomplete*"))
         process = call(experiment, "--dataset", folder, *SHORT, "--output", "m.pt")
         assert_refused(process, "another run is writing", "m.pt", "--output")
+    with locked(RunFiles(Path("m")).all):  # another name, but the same history
+        process = call(experiment, "--dataset", folder, *SHORT, "--output", "m.pt")
+        assert_refused(process, "another run is writing", "m_history.csv")
     with locked([Path("s.json")]):
         assert_refused(call(ablation_study, "--output", "s.json"), "another run is writing")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "link.pt"]

@@ -474,6 +474,30 @@ def test_damaged_states_are_refused(few, interrupted, change):
     assert files.checkpoint.read_bytes() == written
 
 
+def test_good_states_are_not_refused(few, interrupted):
+    """Two epochs alike, and a balance that rounding takes below zero."""
+
+    def change(state):
+        row = state["history"][0] | {"balance_loss": -1e-8}
+        state["history"][:] = [row, row | {"epoch": 2}]
+        state["best"]["epoch"] = 2
+
+    files = interrupted(change)
+    state = train_few(few, files, read_run(files, {"epochs": 3}, SmallViT()))
+    assert len(state["history"]) == 3
+
+
+def test_moments_without_memory_of_their_own_get_it(few, interrupted):
+    """A fused step would write beyond an expanded tensor."""
+
+    def change(state):
+        for of_one in state["optimizer"].values():
+            of_one["exp_avg"] = torch.zeros(1).expand(of_one["exp_avg"].shape)
+
+    files = interrupted(change)
+    train_few(few, files, read_run(files, {"epochs": 3}, SmallViT()))
+
+
 def test_a_run_does_not_go_on_with_other_images(call, folder, monkeypatch):
     """Names and numbers stay: one file is replaced, two exchange their names."""
     with monkeypatch.context() as patch:
