@@ -13,6 +13,8 @@ With --checkpoint, parts of a trained model are replaced instead, and it is test
 import copy
 import itertools
 import json
+import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 from denoising_experiment_proper import RECIPES, Diverged, recipe_of, train
-from experiment.checkpoints import check_same_recipe
+from experiment.checkpoints import check, check_same_recipe, loads, real, whole
 from experiment.command_line import add_output, make_parser, number, select_device
 from experiment.evaluation import evaluate, plus_minus, result_line
 from experiment.image_sources import load_images
@@ -36,7 +38,10 @@ from model_variants import (
 )
 from small_vit import SmallViT, count_parameters, load_for_evaluation
 
-ROW = {"variant", "seed", "parameters", "psnr", "ssim", "train_seconds", "utilisation"}
+ROW = {"variant": str, "seed": whole(0), "parameters": whole(1)}
+# None where training diverged.
+ROW |= dict.fromkeys(("psnr", "ssim", "train_seconds"), lambda v: v is None or real(v))
+ROW |= {"utilisation": lambda v: v is None or loads(v)}
 
 
 def train_variant(name, model, recipe, train_set, val_set):
@@ -74,7 +79,7 @@ def markdown(rows, recipe):
     ]
     for name in VARIANTS:
         if of_variant := [row for row in rows if row["variant"] == name]:
-            finished = [row for row in of_variant if row["psnr"] is not None]
+            finished = [row for row in of_variant if None not in (row["psnr"], row["ssim"])]
             diverged = len(of_variant) - len(finished)
             cells = [name, f"{of_variant[0]['parameters']:,}", str(len(finished)), "–", "–"]
             cells[2] += f", {diverged} diverged" if diverged else ""
@@ -85,12 +90,12 @@ def markdown(rows, recipe):
     return "\n".join(lines) + "\n"
 
 
-def replaced_parts(model):
-    """{what was replaced: model}, of the same weights otherwise."""
+def replaced_parts(model, tokens):
+    """{what was replaced: model}, of the same weights otherwise; for images of so many tokens."""
     variants = {"as trained": copy.deepcopy(model)}
     for name, make_router in (
         ("uniform routing weights", lambda _, n: UniformRouter(n)),
-        ("random routing weights", lambda _, n: RandomRouter(model.grid**2, n)),
+        ("random routing weights", lambda _, n: RandomRouter(tokens, n)),
         ("first-choice expert alone", lambda router, _: FirstChoiceRouter(router)),
     ):
         variants[name] = with_routers(copy.deepcopy(model), make_router)
@@ -104,12 +109,13 @@ def replaced_parts(model):
 
 def measure_replaced_parts(args):
     """Prints what becomes of a trained model when parts of it are replaced."""
-    _, model, source, noise_level = load_for_evaluation(args)
-    test_set = noisy_splits(source, noise_level)[2]
-    device = next(model.parameters()).device
+    _, model, source, (*_, test_set) = load_for_evaluation(args)
+    device, patch = next(model.parameters()).device, model.config.patch_size
+    sizes = [image.shape[1:] for image in test_set.split.images]
+    tokens = max(math.ceil(h / patch) * math.ceil(w / patch) for h, w in sizes)
     torch.manual_seed(0)  # of the random weights
     print("\n| replaced | PSNR (dB) | SSIM |\n|---|---|---|")
-    for name, variant in replaced_parts(model.cpu()).items():
+    for name, variant in replaced_parts(model.cpu(), tokens).items():
         result = evaluate(variant.to(device), test_set)
         if name == "as trained":
             whole = result
@@ -127,7 +133,7 @@ def files_of(output):
     table = output.with_suffix(".md")
     if output.suffix != ".json":
         raise UserError(f"--output {output}: name a .json file; the table stands beside it")
-    if table.exists() and not output.exists():
+    if os.path.exists(table) and not os.path.exists(output):
         raise UserError(f"--output {output}: {table} is not of this study; name another file")
     return output, table
 
@@ -144,27 +150,24 @@ def read_rows(output, recipe):
     Raises:
         UserError: the file is of another recipe or of other variants, or none of this script.
     """
-    if not output.exists():
+    if not os.path.exists(output):
         return []
     try:
         earlier = json.loads(output.read_text(encoding="utf-8"))
-        rows, before = list(earlier["rows"]), dict(earlier["recipe"])
-        variants = {row["variant"]: int(row["parameters"]) for row in rows}
-        # Without figures where training diverged.
-        if not all(set(row) == ROW and type(row["psnr"]) is type(row["ssim"]) for row in rows):
-            raise ValueError
-        markdown(rows, recipe)
-    except (ValueError, KeyError, TypeError):
+        check(earlier, {"rows": list, "recipe": dict}, output)
+        for row in earlier["rows"]:
+            check(row, ROW, output, "a row")
+    except (OSError, ValueError, RecursionError, UserError):
         raise UserError(f"{output} is no result of this script; name another --output") from None
     advice = "repeat its options to go on with it, or name another --output"
-    check_same_recipe(before, recipe, f"{output} holds a study with", advice)
-    for name, parameters in variants.items():
+    check_same_recipe(earlier["recipe"], recipe, f"{output} holds a study with", advice)
+    for name, parameters in {(row["variant"], row["parameters"]) for row in earlier["rows"]}:
         if name not in VARIANTS or count_parameters(VARIANTS[name]()) != parameters:
             raise UserError(
                 f"{output} holds {name!r} with {parameters:,} parameters, which this version of "
                 "the script does not train; name another --output"
             )
-    return rows
+    return earlier["rows"]
 
 
 def parse_args():
@@ -216,8 +219,8 @@ def run_study(args, recipe, files, device):
     """Trains what is not in the files yet; returns the exit code."""
     if recipe.noise_level[1] < 1e-4:
         raise UserError(f"--noise-level {recipe.noise_level[1]:g}: there is no noise to remove")
-    source = load_images(args.dataset or "cifar10", args.data_dir)
-    splits = noisy_splits(source, recipe.noise_level, recipe.lossless_share)
+    source = load_images(args.dataset or "cifar10", args.data_dir, crop=recipe.crop)
+    splits = noisy_splits(source, recipe.noise_level, recipe.lossless_share, not recipe.unclipped)
     settings = {
         "dataset": source.name,
         "images_sha256": source.sha256(),

@@ -9,11 +9,12 @@ images: the comparison favours them. Prints a Markdown table.
 import numpy as np
 from skimage.filters import gaussian
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
+from torch import nn
 from tqdm import tqdm
 
-from experiment.command_line import make_parser
+from experiment.command_line import make_parser, number, ratio
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, ssim
-from experiment.noisy_images import noise_text, noisy_splits
+from experiment.noisy_images import noise_text
 from experiment.user_errors import run_main
 from small_vit import load_for_evaluation
 
@@ -53,11 +54,11 @@ def baselines(sigma):
 
 
 def measure(denoise, strength, dataset):
-    """(strength, psnr float64 [n] in dB, ssim float64 [n]) of a classical method."""
+    """(strength, psnr float64 [n] in dB, ssim float64 [n]) of a classical method, or of None."""
     scores = []
     for noisy, clean, _ in dataset.batches():
         for x, y in zip(noisy.numpy(), clean.numpy(), strict=True):
-            restored = np.clip(denoise(x, strength), 0, 1).astype(np.float32)
+            restored = np.clip(denoise(x, strength), 0, 1).astype(np.float32) if denoise else x
             scores.append((psnr(restored, y), ssim(restored, y)))
     return (strength, *np.array(scores).T)
 
@@ -83,24 +84,68 @@ def best_of(denoise, strengths, dataset):
     return max(results, key=lambda result: result[1].mean())
 
 
-def main():
-    parser = make_parser(
-        "Compares a trained model with classical denoisers on the same noisy test images.",
-        "python compare_baselines.py --dataset photos --checkpoint photos.pt",
-        *("checkpoint", "dataset", "data-dir", "noise-level", "device", "threads"),
-    )
-    _, model, source, noise_range = load_for_evaluation(parser.parse_args())
-    test_set = noisy_splits(source, noise_range)[2]
-    methods = baselines(noise_range[0]) if noise_range[0] >= LEAST_SIGMA else {}
-    print(f"\n{source.name}, {len(test_set):,} test images, {noise_text(noise_range)}\n")
-    print("| method | PSNR (dB) | SSIM |\n|---|---|---|")
-    print_row("noisy input", *measure(lambda x, _: x, None, test_set)[1:])
+class Rounded(nn.Module):
+    """A denoiser whose images are rounded to the 8 bits of a file."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, noisy):
+        image, routings = self.model(noisy)
+        return (255 * image).round() / 255, routings
+
+
+def compare(model, test_set, classical):
+    """Prints the table for one σ; returns the model's Evaluation.
+
+    Args:
+        model: denoiser.
+        test_set: NoisyImageDataset.
+        classical: whether the classical methods are measured as well.
+    """
+    sigma = test_set.noise_range[0]
+    print("\n| method | PSNR (dB) | SSIM |\n|---|---|---|")
+    print_row("noisy input", *measure(None, None, test_set)[1:])
+    methods = baselines(sigma) if classical and sigma >= LEAST_SIGMA else {}
     for name in tqdm(methods, "methods", leave=False, disable=None):
         strength, psnrs, ssims = best_of(*methods[name], test_set)
         print_row(f"{name}, strength {strength:.3g}", psnrs, ssims)
-    result = evaluate(model, test_set)
+    result, rounded = evaluate(model, test_set), evaluate(Rounded(model), test_set)
     print_row("**this model**", result.psnr, result.ssim)
-    print(f"\n{result_line(result.psnr, result.ssim, source.name)}")
+    print_row("this model, rounded to 8 bits", rounded.psnr, rounded.ssim)
+    return result
+
+
+def main():
+    parser = make_parser(
+        "Compares a trained model with classical denoisers on the same noisy test images. A folder "
+        "without test/ counts as one of test images.",
+        "python compare_baselines.py --dataset photos --checkpoint photos.pt",
+        *("checkpoint", "dataset", "data-dir", "unclipped", "device", "threads"),
+    )
+    group = parser.add_argument_group("comparison")
+    group.add_argument(
+        "--noise-level",
+        type=number(ratio, 0, most=1000),
+        nargs="+",
+        metavar="SIGMA",
+        help="one or several σ of the noise, for pixel values in [0, 1], also as a fraction: "
+        "25/255 (default: the training's)",
+    )
+    group.add_argument(
+        "--model-only", action="store_true", help="leave the classical methods out (default: no)"
+    )
+    args = parser.parse_args()
+    levels, args.noise_level = args.noise_level, None
+    _, model, source, (*_, test_set) = load_for_evaluation(args)
+    for sigma in levels or test_set.noise_range[:1]:
+        dataset = test_set.at(sigma)
+        kind = "" if dataset.clipped else ", unclipped"
+        noise = noise_text(dataset.noise_range) + kind
+        print(f"\n{source.name}, {len(test_set):,} test images, {noise}")
+        result = compare(model, dataset, not args.model_only)
+        print(f"\n{result_line(result.psnr, result.ssim, source.name)}")
     return 0
 
 

@@ -6,9 +6,11 @@
 Exit code 1 when a figure of the checkpoint is not reproduced.
 """
 
+import math
+
+from experiment.checkpoints import TEST
 from experiment.command_line import make_parser
 from experiment.evaluation import evaluate, result_line, validation_batches, validation_mse
-from experiment.noisy_images import noisy_splits
 from experiment.user_errors import UserError, run_main
 from small_vit import load_for_evaluation
 
@@ -31,7 +33,7 @@ def compare(stored, measured):
     rows, measured = [], flat(measured)
     for name, before in flat(stored).items():
         tolerance = next((TOLERANCES[kind] for kind in TOLERANCES if kind in name), 0)
-        now = measured[name]  # the number of images has to be the same
+        now = measured.get(name, math.nan)  # the number of images has to be the same
         rows.append((name, before, now, before == now or abs(before - now) <= tolerance))
     return rows
 
@@ -45,19 +47,20 @@ def main():
     )
     args = parser.parse_args()
     args.noise_level = None  # the one of the training: other figures are not stored
-    checkpoint, model, source, noise_range = load_for_evaluation(args, same_images=True)
+    checkpoint, model, source, splits = load_for_evaluation(args, same_images=True)
     recipe = checkpoint["recipe"]
     if "test" not in checkpoint:
         raise UserError(
             f"{args.checkpoint} holds no test figures, its training did not end; "
             "finish it with denoising_experiment_proper.py --resume"
         )
-    _, val_set, test_set = noisy_splits(source, noise_range, recipe["lossless_share"])
+    _, val_set, test_set = splits
     result = evaluate(model, test_set)
     validation = validation_batches(val_set, next(model.parameters()).device)
     stored = {"val images": recipe["val_images"], "val_mse": checkpoint["val_mse"]}
     measured = {"val images": len(val_set), "val_mse": validation_mse(model, validation)}
-    rows = compare(stored | checkpoint["test"], measured | result.summary())
+    tested = {name: checkpoint["test"][name] for name in TEST}
+    rows = compare(stored | tested, measured | result.summary())
     print(f"\n{'figure':<18}{'stored':>12}{'measured':>12}")
     for name, before, now, agrees in rows:
         print(f"{name:<18}{before:>12.6g}{now:>12.6g}{'' if agrees else '   DISAGREES'}")

@@ -8,6 +8,7 @@ Read it from top to bottom: the recipe, a training step, the loop, the experimen
 
 import logging
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,18 +34,18 @@ from experiment.data_parallel import (
     world_size,
 )
 from experiment.evaluation import (
+    draw_history,
     evaluate,
-    framed,
-    plus_minus,
     psnr_of,
     result_line,
+    results_box,
     validation_batches,
     validation_mse,
 )
 from experiment.image_sources import load_images
 from experiment.muon import make_optimizer
-from experiment.noisy_images import NoisyImageDataset, noise_text, noisy_splits
-from experiment.run_files import RunFiles, draw_history, locked, write_figure
+from experiment.noisy_images import NoisyImageDataset, noisy_splits
+from experiment.run_files import RunFiles, locked, write_figure
 from experiment.user_errors import UserError, run_main
 from small_vit import MODELS, SmallViT, build_model, count_parameters, load_model
 
@@ -70,9 +71,12 @@ class Recipe:
     lr: float = 1e-3  # at the start
     weight_decay: float = 1e-4  # decoupled; of all parameters by adamw, of matrices alone by muon
     loss: str = "mse"  # or "psnr", see training_step
+    crop: int | None = None  # side of the random crops of each step, pixels; None: whole images
     flip: bool = False  # mirror each training image left to right with probability 1/2
+    transpose: bool = False  # upside down and axes swapped, each with probability 1/2
     balance_weight: float = 0.01  # of the load-balancing loss of each block
     noise_level: tuple = (0.2, 0.2)  # (low, high) of σ; equal for one σ
+    unclipped: bool = False  # noisy images are left outside [0, 1], as the field's benchmarks do
     # Part of the training samples that are drawn from losslessly stored images, which alone then
     # serve for validation; None treats all images alike.
     lossless_share: float | None = None
@@ -90,6 +94,16 @@ RECIPES = {
         model="refined", optimizer="muon", lr=4e-3, weight_decay=0.04, loss="psnr", flip=True
     ),
 }
+# Blind to the noise's level, for whole photographs and the field's benchmarks.
+RECIPES["photographs"] = replace(
+    RECIPES["refined"],
+    model="photographs",
+    batch_size=16,
+    crop=64,
+    transpose=True,
+    noise_level=(0.01, 0.3),
+    unclipped=True,
+)
 
 
 def recipe_of(args):
@@ -208,12 +222,13 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
 def progress(train_set, recipe, epoch, sums):
     """This process's batches of an epoch, with a progress bar that reads the loss out of `sums`."""
     batches = train_set.shuffled_batches(
-        recipe.batch_size, recipe.seed, epoch, recipe.lossless_share, recipe.flip
+        *(recipe.batch_size, recipe.seed, epoch, recipe.lossless_share),
+        *(recipe.flip, recipe.transpose, recipe.crop),
     )
     bar = tqdm(
         my_share(batches, recipe.batch_size),
         f"epoch {epoch}/{recipe.epochs}",
-        math.ceil(len(train_set) / recipe.batch_size),
+        math.ceil(train_set.epoch_size / recipe.batch_size),
         unit="step",
         leave=False,
         disable=True if rank() else None,
@@ -300,6 +315,7 @@ def main():
         joined(select_device(args.device, args.threads)) as device,
         locked(files.all) if rank() == 0 else nullcontext(),
     ):
+        files.saved = args.resume and os.path.exists(files.resume)
         try:
             return run_experiment(args, recipe_of(args), files, device)
         except KeyboardInterrupt:
@@ -310,9 +326,11 @@ def run_experiment(args, recipe, files, device):
     """Trains and tests as the command line asks; returns the exit code."""
     # Images: three splits, each with noise of its own
     wait_if(rank() > 0)  # the first process downloads
-    source = load_images(args.dataset, args.data_dir, recipe.seed)
+    source = load_images(args.dataset, args.data_dir, recipe.seed, recipe.crop)
     wait_if(rank() == 0)
-    train_set, val_set, test_set = noisy_splits(source, recipe.noise_level, recipe.lossless_share)
+    train_set, val_set, test_set = noisy_splits(
+        source, recipe.noise_level, recipe.lossless_share, not recipe.unclipped
+    )
     check_shares(recipe, train_set)
 
     # Model
@@ -331,11 +349,11 @@ def run_experiment(args, recipe, files, device):
         "config": asdict(model.config),
         "recipe": {
             "dataset": source.name,
+            **settings,
+            "parameters": count_parameters(model),
             "train_images": len(train_set),
             "val_images": len(val_set),
             "images_sha256": source.sha256(),
-            "parameters": count_parameters(model),
-            **settings,
         },
         "dataset": source.option,
         "torch_version": str(torch.__version__),
@@ -363,31 +381,11 @@ def run_experiment(args, recipe, files, device):
 def check_shares(recipe, train_set):
     """Raises UserError where the processes of torchrun cannot take equal shares of a batch."""
     processes, images = world_size(), recipe.batch_size
-    if processes > 1 and (images % processes or images > len(train_set)):
+    if processes > 1 and (images % processes or images > train_set.epoch_size):
         raise UserError(
-            f"--batch-size {images} for {processes} processes and {len(train_set):,} training "
-            "images: it has to be a multiple of the first and at most the second"
+            f"--batch-size {images} for {processes} processes and {train_set.epoch_size:,} "
+            "training images: it has to be a multiple of the first and at most the second"
         )
-
-
-def results_box(checkpoint, result, device):
-    """A framed table of a run's results."""
-    recipe, minutes = checkpoint["recipe"], checkpoint["train_seconds"] / 60
-    rows = [
-        ("data set", f"{recipe['dataset']}, {len(result.psnr):,} test images"),
-        ("noise", noise_text(recipe["noise_level"])),
-        ("parameters", f"{recipe['parameters']:,}"),
-        ("training", f"{recipe['epochs']} epochs in {minutes:.1f} min on {device}"),
-        ("best epoch", f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}"),
-        ("noisy PSNR", f"{plus_minus(result.noisy_psnr, 2)} dB"),
-        ("denoised PSNR", f"{plus_minus(result.psnr, 2)} dB"),
-        ("denoised SSIM", plus_minus(result.ssim, 4)),
-        *(
-            (f"experts, block {block}", " / ".join(f"{100 * p:.1f} %" for p in load))
-            for block, load in enumerate(result.utilisation, 1)
-        ),
-    ]
-    return framed("FINAL RESULTS", rows)
 
 
 if __name__ == "__main__":

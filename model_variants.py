@@ -26,7 +26,7 @@ class UniformRouter(nn.Module):
 
 
 class RandomRouter(nn.Module):
-    """Weights drawn once for each position of the grid, softmax of N(0, 1), never trained."""
+    """Weights drawn once for each of so many tokens, softmax of N(0, 1), never trained."""
 
     def __init__(self, tokens, num_experts):
         super().__init__()
@@ -34,7 +34,7 @@ class RandomRouter(nn.Module):
 
     def forward(self, x):
         """[B, N, D] -> [B, N, E]."""
-        return self.routing.expand(len(x), -1, -1)
+        return self.routing[:, : x.shape[1]].expand(len(x), -1, -1)
 
 
 class FirstChoiceRouter(nn.Module):

@@ -1,7 +1,7 @@
 """The denoiser: a small vision transformer around the attention layer, and its checkpoints."""
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from adaptive_attention_moe import AdaptiveAttentionMoE
 from conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import select_device
-from experiment.image_sources import load_images
-from experiment.noisy_images import as_range, noise_text
+from experiment.image_sources import SIZE, load_images
+from experiment.noisy_images import as_range, noise_text, noisy_splits
 from experiment.user_errors import UserError, printable
 
 
@@ -36,14 +36,19 @@ class ViTConfig:
     channels: tuple = ()
     conv_depth: int = 2  # NAF blocks at each of their coarser resolutions
     residual: bool = False  # whether the model predicts the difference to the noisy image
+    positions: bool = True  # whether tokens get a learned position embedding
+    local: bool = False  # whether a 3×3 depthwise convolution stands beside attention
 
     def __post_init__(self):
         for name in ("image_size", "patch_size", "d_model", "num_layers", "num_heads", "d_ff"):
             if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) < 2**16:
                 raise ValueError(f"{name} must be an int of at least 1, got {getattr(self, name)}")
         for name in ("k_attend", "channels"):
-            if not all(type(n) is int and 1 <= n < 2**31 for n in getattr(self, name)):
-                raise ValueError(f"{name} must be ints of at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list) or not all(
+                type(n) is int and 1 <= n < 2**31 for n in value
+            ):
+                raise ValueError(f"{name} must be ints of at least 1, got {value}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 "patch_size must divide image_size, got "
@@ -63,24 +68,48 @@ MODELS = {
         d_model=64, num_heads=1, d_ff=128, channels=(16, 64), conv_depth=3, residual=True
     ),
 }
+# No positions: a photograph has other and more of them than a crop. Budgets far below the tokens of
+# a crop, since attention to all keys fades where there are many more.
+MODELS["photographs"] = ViTConfig(
+    image_size=64,
+    num_heads=1,
+    k_attend=(16,),
+    channels=(24, 64),
+    conv_depth=3,
+    residual=True,
+    positions=False,
+    local=True,
+)
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm: x + MoE(LN(x)), then x + FFN(LN(x)).  [B, N, D] -> [B, N, D], routing."""
+    """Pre-norm: x + MoE(LN(x)), then x + FFN(LN(x)).  [B, N, D] -> [B, N, D], routing.
 
-    def __init__(self, d_model, num_heads, d_ff, k_attend):
+    With `local`, a 3×3 depthwise convolution over the grid of tokens stands beside attention,
+    x + MoE(LN(x)) + conv(LN(x)): it also tells where neighbours are, as positions would.
+    """
+
+    def __init__(self, d_model, num_heads, d_ff, k_attend, local=False):
         super().__init__()
+        self.local = None
+        if local:
+            self.local = nn.Conv2d(d_model, d_model, 3, padding=1, groups=d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.attention = AdaptiveAttentionMoE(d_model, num_heads, k_attend)
         self.norm2 = nn.LayerNorm(d_model)
         self.ffn = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
 
     def last_layers(self):
-        return [self.attention.merge, self.ffn[-1]]
+        return [self.attention.merge, self.ffn[-1]] + ([self.local] if self.local else [])
 
-    def forward(self, x):
-        attended, routing = self.attention(self.norm1(x))  # [B, N, D], [B, N, E]
+    def forward(self, x, grid=None):
+        """Args: tokens [B, N, D]; (rows, columns) of their grid, which `local` needs."""
+        normed = self.norm1(x)
+        attended, routing = self.attention(normed)  # [B, N, D], [B, N, E]
         x = x + attended
+        if self.local:
+            image = normed.transpose(1, 2).unflatten(2, grid)  # [B, D, rows, columns]
+            x = x + self.local(image).flatten(2).transpose(1, 2)
         return x + self.ffn(self.norm2(x)), routing
 
 
@@ -100,9 +129,10 @@ class SmallViT(nn.Module):
             self.encoder = ConvEncoder(config.channels, config.conv_depth, d_model)
         else:
             self.patch_embed = nn.Conv2d(3, d_model, patch, stride=patch)
-        self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
+        if config.positions:
+            self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
         self.blocks = nn.ModuleList(
-            TransformerBlock(d_model, config.num_heads, config.d_ff, config.k_attend)
+            TransformerBlock(d_model, config.num_heads, config.d_ff, config.k_attend, config.local)
             for _ in range(config.num_layers)
         )
         if config.channels:
@@ -128,8 +158,9 @@ class SmallViT(nn.Module):
         """Denoises images.
 
         Args:
-            noisy: [B, 3, h, w] in [0, 1], h and w multiples of patch_size. The position embedding
-                is interpolated (bicubic) to another number of patches than that of the training.
+            noisy: [B, 3, h, w], any h and w: the image is continued by reflection to multiples of
+                patch_size. The position embedding is interpolated (bicubic) to another number of
+                patches than that of the training.
 
         Returns:
             Tuple of images of the same shape and the list of each block's routing probabilities
@@ -139,22 +170,21 @@ class SmallViT(nn.Module):
         Raises:
             ValueError: the images have another shape.
         """
-        patch, shape = self.config.patch_size, list(noisy.shape)
-        if len(shape) != 4 or shape[1] != 3 or not all(n and n % patch == 0 for n in shape[2:]):
-            raise ValueError(
-                f"expected images [B, 3, h, w], h and w multiples of the patch size {patch}, "
-                f"got {shape}"
-            )
+        patch, (*_, height, width) = self.config.patch_size, noisy.shape
+        if noisy.ndim != 4 or noisy.shape[1] != 3 or not height * width:
+            raise ValueError(f"expected images [B, 3, h, w], got {list(noisy.shape)}")
+        noisy = reflected(noisy, -height % patch, -width % patch)
         x, features = self.embed(noisy)  # [B, N, D]
+        grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
         routings = []
         for block in self.blocks:
-            x, routing = block(x)  # [B, N, D], [B, N, E]
+            x, routing = block(x, grid)  # [B, N, D], [B, N, E]
             routings.append(routing)
-        grid = (shape[2] // patch, shape[3] // patch)
         x = x.transpose(1, 2).unflatten(2, grid)  # [B, D, h / patch, w / patch]
         image = self.decoder(x, features) if features else self.patch_unembed(x)  # [B, 3, h, w]
         if self.config.residual:
             image = noisy + image
+        image = image[..., :height, :width]
         return image if self.training else image.clamp(0, 1), routings
 
     def embed(self, noisy):
@@ -163,7 +193,10 @@ class SmallViT(nn.Module):
             x, features = self.encoder(noisy)
         else:
             x, features = self.patch_embed(noisy), []  # [B, D, h / patch, w / patch]
-        return x.flatten(2).transpose(1, 2) + self.positions_of(x.shape[2:]), features
+        tokens = x.flatten(2).transpose(1, 2)
+        return tokens + self.positions_of(
+            x.shape[2:]
+        ) if self.config.positions else tokens, features
 
     def positions_of(self, grid):
         """The position embedding of a grid of (rows, columns) patches, [1, rows · columns, D]."""
@@ -174,8 +207,18 @@ class SmallViT(nn.Module):
 
     @torch.inference_mode()
     def denoise(self, noisy):
-        """The restored images alone, as they are shown: [B, 3, h, w] in [0, 1] -> the same."""
+        """The restored images alone, as they are shown: [B, 3, h, w] -> the same in [0, 1]."""
         return self.eval()(noisy)[0]
+
+
+def reflected(image, rows, columns):
+    """Continues images [..., h, w] by reflection, downwards and to the right, however small."""
+    for dim, more in ((-2, rows), (-1, columns)):
+        if more:
+            size = image.shape[dim]
+            index = torch.arange(size + more, device=image.device) % max(1, 2 * size - 2)
+            image = image.index_select(dim, torch.minimum(index, (2 * size - 2 - index).abs()))
+    return image
 
 
 def zero_(layer):
@@ -234,12 +277,13 @@ def load_for_evaluation(args, same_images=False):
 
     Args:
         args: checkpoint, dataset (None: the model's), data_dir, noise_level (None: the model's),
-            device and threads of the command line.
+            device and threads of the command line, and unclipped where it has that.
         same_images: refuse another data set than the one of the training, and keep a range of σ;
             otherwise its middle is taken.
 
     Returns:
-        (checkpoint dict, SmallViT on the device, ImageSource, σ as a pair).
+        (checkpoint dict, SmallViT on the device, ImageSource, NoisyImageDatasets for training,
+        validation and test: the test's alone is there unless same_images).
 
     Raises:
         UserError: one of them cannot be had.
@@ -253,7 +297,10 @@ def load_for_evaluation(args, same_images=False):
     parameters = f"{count_parameters(model):,} parameters"
     print(printable(f"{args.checkpoint}: {parameters}, {epochs}, {trained}"))
     dataset = args.dataset or dataset_of(checkpoint, args.checkpoint, same_images)
-    source = load_images(dataset, args.data_dir, recipe["seed"])
+    crop = recipe.get("crop")
+    if crop and not same_images:
+        crop = min(crop, SIZE)  # smaller photographs than those of the training are welcome, too
+    source = load_images(dataset, args.data_dir, recipe["seed"], crop, not same_images)
     low, high = args.noise_level or as_range(recipe["noise_level"])
     if not same_images:
         low = high = (low + high) / 2
@@ -264,7 +311,11 @@ def load_for_evaluation(args, same_images=False):
             f"{args.checkpoint} was trained and tested on other images than these, "
             f"{recipe['dataset']}; name the same ones with --dataset"
         )
-    return checkpoint, model, source, (low, high)
+    share = recipe["lossless_share"] if same_images else None
+    unclipped = getattr(args, "unclipped", None)
+    unclipped = recipe.get("unclipped", False) if unclipped is None else unclipped
+    splits = noisy_splits(source, (low, high), share, not unclipped)
+    return checkpoint, model, source, splits
 
 
 def dataset_of(checkpoint, path, same_images):
@@ -277,7 +328,7 @@ def dataset_of(checkpoint, path, same_images):
     known = {"photos": "photos", "CIFAR-10": "cifar10"}
     # Earlier versions did not note their folder; their models are shown on CIFAR-10 then.
     dataset = checkpoint.get("dataset", known.get(name, None if same_images else "cifar10"))
-    if dataset not in known.values() and not (dataset and Path(dataset).is_dir()):
+    if dataset not in known.values() and not (dataset and os.path.isdir(dataset)):
         where = f", which is not at {dataset} any more" if dataset else ""
         raise UserError(
             f"{path} was trained on {name}{where}; name it, or other images, with --dataset"

@@ -6,6 +6,7 @@ Writes denoising_visualization_proper.png, six images from the worst to the best
 denoising_visualization_proper_images.csv, the figures of every test image; prints PSNR against σ.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,15 @@ from experiment.evaluation import (
     spread,
     ssim,
 )
-from experiment.noisy_images import noise_text, noisy_splits
-from experiment.run_files import check_picture, check_writable, write_csv, write_figure
+from experiment.noisy_images import noise_text
+from experiment.run_files import check_picture, check_writable, csv_text, write_figure, write_text
 from experiment.user_errors import run_main
 from small_vit import load_for_evaluation
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
 PERCENTILES = (5, 23, 41, 59, 77, 95)
+NAMES = ("noisy", "denoised", "ground truth")
+DETAIL = 96  # side of the enlarged part of a photograph, pixels
 
 
 def rank_images(psnrs):
@@ -48,63 +51,78 @@ def summary_table(result):
     return "\n".join(rows)
 
 
-def draw_images(model, dataset, indices, k_attend, title):
-    """Figure: a row per image; noisy, denoised and true, then each block's expert weights.
+def detail(image):
+    """Slices of the DETAIL × DETAIL part of [3, h, w] in which the values vary most."""
+    sides = [min(DETAIL, size) for size in image.shape[1:]]
+    windows = image.unfold(1, sides[0], sides[0] // 2).unfold(2, sides[1], sides[1] // 2)
+    contrast = windows.std((3, 4)).mean(0)  # [rows, columns] of windows
+    row, column = divmod(int(contrast.argmax()), contrast.shape[1])
+    top, left = row * (sides[0] // 2), column * (sides[1] // 2)
+    return slice(None), slice(top, top + sides[0]), slice(left, left + sides[1])
+
+
+def restore(model, noisy):
+    """[3, h, w] -> the restored image and the routing weights [blocks, E, rows, columns]."""
+    with torch.inference_mode():
+        restored, routings = model(noisy.unsqueeze(0).to(next(model.parameters()).device))
+    rows = math.ceil(noisy.shape[1] / model.config.patch_size)
+    maps = torch.cat(routings).transpose(1, 2).unflatten(2, (rows, -1))
+    return restored[0].cpu(), maps.cpu()
+
+
+def draw_images(model, dataset, indices, title):
+    """Figure: a row per image; noisy, denoised and true, of photographs a detail of each as well,
+    then each block's expert weights where there are several experts.
 
     Args:
         model: SmallViT in evaluation mode.
         dataset: NoisyImageDataset.
-        indices: images to draw.
-        k_attend: budget of each expert, for the headings.
+        indices: images to draw, one for each of PERCENTILES.
         title: of the figure.
     """
-    device = next(model.parameters()).device
-    noisy, clean, _ = (torch.stack(t) for t in zip(*(dataset[i] for i in indices), strict=True))
-    with torch.inference_mode():
-        restored, routings = model(noisy.to(device))
-    restored = restored.cpu()
-    # [images, blocks, E, grid, grid]
-    maps = torch.stack(routings, 1).transpose(2, 3).unflatten(3, (model.grid, model.grid)).cpu()
-    blocks, experts = maps.shape[1:3]
-    most = (maps - 1 / experts).abs().max().item()  # white is an even split
+    shown = [dataset[i][:2] for i in indices]
+    restored, maps = zip(*(restore(model, noisy) for noisy, _ in shown), strict=True)
+    blocks, experts = maps[0].shape[:2] if maps[0].shape[1] > 1 else (0, 0)
+    most = max((m - 1 / m.shape[1]).abs().max().item() for m in maps)  # white is an even split
 
-    columns = 3 + blocks * experts
-    ratios = [1.6] * 3 + [1] * (columns - 3)
+    names = [f"{name}{part}" for part in ("", ", detail") for name in NAMES]
+    names = names if dataset.whole else names[:3]
+    ratios = [1.6] * len(names) + [1] * (blocks * experts)
     figure, axes = plt.subplots(
         len(indices),
-        columns,
+        len(ratios),
         figsize=(sum(ratios) * 1.3 + 0.9, len(indices) * 2.0 + 1.2),
         gridspec_kw={"width_ratios": ratios},
         layout="constrained",
         squeeze=False,
     )
-    for row, (x, y, target) in enumerate(zip(noisy, restored, clean, strict=True)):
-        for axis, image in zip(axes[row], (x, y, target), strict=False):
-            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            if image is not target:
-                axis.set_xlabel(
-                    f"{psnr(image.numpy(), target.numpy()):.2f} dB, "
-                    f"SSIM {ssim(image.numpy(), target.numpy()):.3f}"
-                )
+    for row, ((noisy, clean), image) in enumerate(zip(shown, restored, strict=True)):
+        panels = [noisy.clamp(0, 1), image, clean]
+        part = detail(clean) if dataset.whole else ()
+        panels += [panel[part] for panel in panels] if part else []
+        for axis, panel in zip(axes[row], panels, strict=False):
+            axis.imshow(panel.permute(1, 2, 0).numpy(), interpolation="nearest")
+        for axis, x in zip(axes[row], (noisy, image), strict=False):
+            similarity = ssim(x.numpy(), clean.numpy())
+            axis.set_xlabel(f"{psnr(x.numpy(), clean.numpy()):.2f} dB, SSIM {similarity:.3f}")
         axes[row, 0].set_ylabel(f"percentile {PERCENTILES[row]}")
-        for column in range(blocks * experts):
-            block, expert = divmod(column, experts)
-            weights = maps[row, block, expert].numpy()
-            picture = axes[row, 3 + column].imshow(
-                weights, cmap="RdBu_r", vmin=1 / experts - most, vmax=1 / experts + most
+        for axis, weights in zip(axes[row, len(names) :], maps[row].flatten(0, 1), strict=False):
+            picture = axis.imshow(
+                weights.numpy(), cmap="RdBu_r", vmin=1 / experts - most, vmax=1 / experts + most
             )
-            axes[row, 3 + column].set_xlabel(f"mean {weights.mean():.2f}")
-    for axis, name in zip(axes[0], ("noisy", "denoised", "ground truth"), strict=False):
+            axis.set_xlabel(f"mean {weights.mean():.2f}")
+    for axis, name in zip(axes[0], names, strict=False):
         axis.set_title(name)
-    for column in range(blocks * experts):
+    for column, axis in enumerate(axes[0, len(names) :]):
         block, expert = divmod(column, experts)
-        axes[0, 3 + column].set_title(
-            f"block {block + 1}\nexpert k={k_attend[expert]}", fontsize=10
-        )
+        axis.set_title(f"block {block + 1}\nexpert k={model.config.k_attend[expert]}", fontsize=10)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    bar = figure.colorbar(picture, ax=axes[:, 3:], location="right", shrink=0.5, pad=0.02)
-    bar.set_label("routing weight of the token (white: even split)")
+    if experts:
+        bar = figure.colorbar(
+            picture, ax=axes[:, len(names) :], location="right", shrink=0.5, pad=0.02
+        )
+        bar.set_label("routing weight of the token (white: even split)")
     figure.suptitle(title)
     return figure
 
@@ -122,8 +140,7 @@ def main():
     table = output.with_name(f"{output.stem}_images.csv")
     check_picture(output)
     check_writable(table)
-    _, model, source, noise_range = load_for_evaluation(args)
-    test_set = noisy_splits(source, noise_range)[2]
+    _, model, source, (*_, test_set) = load_for_evaluation(args)
     result = evaluate(model, test_set)
 
     rows = [
@@ -138,11 +155,11 @@ def main():
             zip(result.noisy_psnr, result.psnr, result.ssim, strict=True)
         )
     ]
-    write_csv(rows, table)
+    write_text(csv_text(rows), table)
     line = result_line(result.psnr, result.ssim, source.name)
-    title = f"Worst to best of {len(test_set):,} test images, {noise_text(noise_range)}\n{line}"
-    budgets = model.config.k_attend
-    write_figure(draw_images(model, test_set, rank_images(result.psnr), budgets, title), output)
+    noise = noise_text(test_set.noise_range)
+    title = f"Worst to best of {len(test_set):,} test images, {noise}\n{line}"
+    write_figure(draw_images(model, test_set, rank_images(result.psnr), title), output)
     print(summary_table(result))
     print("\n| σ | noisy (dB) | denoised (dB) |\n|---|---|---|")
     for level, before, after in psnr_against_noise(model, test_set):

@@ -1,13 +1,13 @@
 """Reading, checking and writing what training leaves behind: checkpoints, states to resume."""
 
+import os
 import zipfile
-from pathlib import Path
 
 import torch
 
 from experiment.data_parallel import rank
 from experiment.muon import state_shapes
-from experiment.run_files import replace_when_complete, write_csv
+from experiment.run_files import csv_text, replace_when_complete, write_text
 from experiment.user_errors import UserError
 
 # Checks of single values ----------------------------------------------------------------------
@@ -54,11 +54,21 @@ CHECKPOINT = {"model": weights, "config": dict, "recipe": RECIPE, "epoch": whole
 CHECKPOINT |= {"val_mse": real}
 TEST = dict.fromkeys(("mse", "psnr_std", "ssim_mean", "ssim_std"), real)
 TEST |= {"noisy_psnr_mean": float, "psnr_mean": float, "images": whole(1), "utilisation": loads}
+OF_CROPS = {"crop": lambda v: v is None or whole(1)(v), "unclipped": bool}
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
 ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
 ROW |= {"balance_loss": float}  # rounding takes it below 0
 STATE = {"recipe": RECIPE, "history": list, "model": weights, "optimizer": dict, "best": CHECKPOINT}
 ADVICE = "use a file that denoising_experiment_proper.py wrote, or copy it again"
+
+
+def plain(value):
+    """A check: numbers, texts, None, and lists and dicts of these, which can be compared."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and plain(list(value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def check(value, kind, path, name=""):
@@ -96,22 +106,36 @@ def read_checkpoint(path):
     Raises:
         UserError: the file is missing, damaged, unsafe, or no such file.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint; train one or name another with --checkpoint")
     checkpoint = load(path)
     check(checkpoint, CHECKPOINT, path)
-    check(checkpoint, {key: kind for key, kind in IF_THERE.items() if key in checkpoint}, path)
+    for part, kinds in ((checkpoint, IF_THERE), (checkpoint["recipe"], OF_CROPS)):
+        check(part, {key: kind for key, kind in kinds.items() if key in part}, path)
     return checkpoint
 
 
 def load(path):
-    """torch.load, after what torch leaves unchecked: checksums, and sizes beyond the file's."""
+    """torch.load, after what torch leaves unchecked: checksums, and sizes beyond the file's.
+
+    Returns:
+        dict of plain values but for "model", "optimizer" and, within "best", "model".
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
             damaged = not stored or archive.testzip()
-        if not damaged:
-            return torch.load(path, map_location="cpu", weights_only=True)
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if not damaged and not isinstance(content, dict):
+            return content
+        parts = [content, content.get("best", {})]
+        tensors = ("model", "optimizer", "best")
+        if plain([{k: v for k, v in part.items() if k not in tensors} for part in parts]):
+            for part in parts:  # without attributes, which torch would believe
+                part |= {"model": dict(part["model"])} if "model" in part else {}
+            return content
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # the unpickler has its own for every kind of damage
         pass
     raise UserError(
@@ -153,7 +177,7 @@ def save_run(state, files, fresh=False):
             files.keep_existing()
         write_checkpoint(state, files.resume)
         write_checkpoint(state["best"], files.checkpoint)
-        write_csv(state["history"], files.history)
+        write_text(csv_text(state["history"]), files.history)
         files.saved = True
 
 
@@ -168,7 +192,7 @@ def read_run(files, recipe, model):
     Raises:
         UserError: there is none, it is damaged, or of another recipe.
     """
-    if not files.resume.exists():
+    if not os.path.isfile(files.resume):
         raise UserError(
             f"--resume: there is no interrupted run at {files.resume}; start one without --resume"
         )
@@ -180,13 +204,28 @@ def read_run(files, recipe, model):
     for epoch, row in enumerate(history, 1):
         kind = ROW | {"epoch": lambda value, epoch=epoch: value == epoch}
         check(row, kind, files.resume, f"history, epoch {epoch}")
+        if row.keys() != kind.keys():
+            raise UserError(f"{files.resume}: history, epoch {epoch} has other columns; {ADVICE}")
     least = min((row["val_mse"] for row in history), default=None)
     found = [row["epoch"] for row in history if row["val_mse"] == least]
     if best["epoch"] not in found or best["recipe"] != state["recipe"]:
         raise UserError(f"{files.resume} holds the best model of another run; {ADVICE}")
     for part in (state, best):
         check_shapes(part["model"], model.state_dict(), files.resume)
+    if not left_by_run(files, state):
+        files.keep_existing(but=[files.resume])
     return state
+
+
+def left_by_run(files, state):
+    """Whether checkpoint and history, where they are there, can be of the run of a state."""
+    try:
+        checkpoint = os.path.exists(files.checkpoint) and read_checkpoint(files.checkpoint)
+        history = os.path.exists(files.history) and files.history.read_text(encoding="utf-8")
+    except (UserError, OSError, ValueError):
+        return False
+    same_run = not checkpoint or checkpoint["recipe"] == state["recipe"]
+    return same_run and csv_text(state["history"]).startswith(history or "")
 
 
 def check_shapes(tensors, expected, path):

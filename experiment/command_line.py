@@ -12,6 +12,7 @@ import torch
 from experiment.user_errors import UserError
 
 PUBLISHED_CHECKPOINT = "best_denoising_model_proper.pt"
+LEAST_NOISE = 1e-6  # σ below which float32 images hardly change
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -28,7 +29,7 @@ def number(kind, least, strictly=False, most=None):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             value = float("nan")
         if value > most:
             raise argparse.ArgumentTypeError(f"must be at most {most}, got '{text}'")
@@ -40,11 +41,17 @@ def number(kind, least, strictly=False, most=None):
     return parse
 
 
+def ratio(text):
+    """A float, or a fraction such as 15/255, in which the field writes σ."""
+    numerator, _, denominator = text.partition("/")
+    return float(numerator) / float(denominator or 1)
+
+
 def output_file(text):
-    """argparse type: the path of a file."""
+    """argparse type: the path of a file; of a link, the path that it leads to."""
     if Path(text).name in ("", "..") or text.endswith(("/", os.sep)):
         raise argparse.ArgumentTypeError(f"must name a file, got '{text}'")
-    return text
+    return os.path.realpath(text) if os.path.islink(text) else text
 
 
 class NoiseLevel(argparse.Action):
@@ -55,6 +62,8 @@ class NoiseLevel(argparse.Action):
             raise argparse.ArgumentError(self, "must be one σ, or two in ascending order")
         if values[0] == 0 < values[-1]:
             raise argparse.ArgumentError(self, "a range must start above 0")
+        if 0 < values[0] < LEAST_NOISE:
+            raise argparse.ArgumentError(self, f"must be 0 or at least {LEAST_NOISE}")
         setattr(namespace, self.dest, (values[0], values[-1]))
 
 
@@ -70,13 +79,13 @@ OPTIONS = {
             default="./data", metavar="DIR", help="where CIFAR-10 is or gets downloaded to"
         ),
         "noise-level": dict(
-            type=number(float, 0, most=1000),
+            type=number(ratio, 0, most=1000),
             nargs=1,
             action=NoiseLevel,
             default=(0.2, 0.2),
             metavar="SIGMA",
-            help="standard deviation σ of the Gaussian noise, for pixel values in [0, 1] "
-            "(default: 0.2)",
+            help="standard deviation σ of the Gaussian noise, for pixel values in [0, 1], also as "
+            "a fraction: 25/255 (default: 0.2)",
         ),
         "seed": dict(
             type=number(int, 0),
@@ -93,7 +102,8 @@ OPTIONS = {
         "recipe": dict(
             default="published",
             help="published: that of the original; refined: a convolutional encoder and decoder "
-            "around the same blocks, trained by Muon",
+            "around the same blocks, trained by Muon; photographs: whole photographs with noise "
+            "of any level up to 0.3",
         ),
         "model": dict(help="architecture"),
         "epochs": dict(type=number(int, 1), help="passes over the training images"),
@@ -106,9 +116,24 @@ OPTIONS = {
             type=number(float, 0), help="decoupled, of all parameters; by muon, of matrices alone"
         ),
         "loss": dict(choices=["mse", "psnr"], help="mean squared error, or minus the mean PSNR"),
+        "crop": dict(
+            type=number(int, 1, most=4096),
+            metavar="PIXELS",
+            help="train on random square crops of this side, out of images that stay whole; an "
+            "epoch is 64 crops of each (default: the recipe's, without it thumbnails of 32×32)",
+        ),
         "flip": dict(
             action=argparse.BooleanOptionalAction,
             help="mirror each training image left to right with probability 1/2",
+        ),
+        "transpose": dict(
+            action=argparse.BooleanOptionalAction,
+            help="turn it upside down and swap its axes, each with probability 1/2: with --flip, "
+            "all eight symmetries of a square",
+        ),
+        "unclipped": dict(
+            action=argparse.BooleanOptionalAction,
+            help="do not clamp the noisy images to [0, 1]",
         ),
         "lossless-share": dict(
             type=number(float, 0, most=1),

@@ -4,16 +4,18 @@ A denoiser is any module that maps noisy images [B, 3, h, w] to a tuple of image
 a list of routing probabilities [B, N, E], empty where nothing is routed.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
-from experiment.noisy_images import NoisyImageDataset
+from experiment.noisy_images import noise_text
 
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 NOISE_LEVEL_IMAGES = 1024  # at most, the first of the test set
@@ -136,9 +138,10 @@ def psnr_against_noise(model, test_set):
     Returns:
         list of (σ, PSNR of the noisy images, PSNR of the denoised ones).
     """
-    split, rows = test_set.split[:NOISE_LEVEL_IMAGES], []
+    first, rows = copy.copy(test_set), []
+    first.split = test_set.split[:NOISE_LEVEL_IMAGES]
     for noise_level in NOISE_LEVELS:
-        result = evaluate(model, NoisyImageDataset(split, noise_level, test_set.stream))
+        result = evaluate(model, first.at(noise_level))
         rows.append((noise_level, float(result.noisy_psnr.mean()), float(result.psnr.mean())))
     return rows
 
@@ -164,3 +167,38 @@ def framed(title, rows):
     inner = max(map(len, lines))
     framed_lines = [f"║{line:<{inner}}║" for line in lines]
     return "\n".join([f"╔{f' {title} ':═^{inner}}╗", *framed_lines, f"╚{'═' * inner}╝"])
+
+
+def results_box(checkpoint, result, device):
+    """A framed table of a run's results."""
+    recipe, minutes = checkpoint["recipe"], checkpoint["train_seconds"] / 60
+    rows = [
+        ("data set", f"{recipe['dataset']}, {len(result.psnr):,} test images"),
+        ("noise", noise_text(recipe["noise_level"])),
+        ("parameters", f"{recipe['parameters']:,}"),
+        ("training", f"{recipe['epochs']} epochs in {minutes:.1f} min on {device}"),
+        ("best epoch", f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}"),
+        ("noisy PSNR", f"{plus_minus(result.noisy_psnr, 2)} dB"),
+        ("denoised PSNR", f"{plus_minus(result.psnr, 2)} dB"),
+        ("denoised SSIM", plus_minus(result.ssim, 4)),
+        *(
+            (f"experts, block {block}", " / ".join(f"{100 * p:.1f} %" for p in load))
+            for block, load in enumerate(result.utilisation, 1)
+        ),
+    ]
+    return framed("FINAL RESULTS", rows)
+
+
+def draw_history(history):
+    """Figure: the learning curve of a run, from its rows of `train`."""
+    epochs = [row["epoch"] for row in history]
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, label in (("train_mse", "training"), ("val_mse", "validation")):
+        axis.plot(epochs, [psnr_of(row[name]) for row in history], ".-", label=label)
+    best = min(history, key=lambda row: row["val_mse"])
+    axis.axvline(best["epoch"], color="grey", lw=0.8, ls=":", label=f"best: {best['epoch']}")
+    axis.set(xlabel="epoch", ylabel="PSNR of the mean squared error (dB)", title="Learning curve")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure

@@ -1,7 +1,8 @@
 """Where the images come from: CIFAR-10, photographs inside scikit-image, or any image folder.
 
-Each source gives the three splits as uint8 tensors [n, 3, 32, 32] and the name that every result
-carries. `load_images` is the door.
+Each source gives three splits and the name that every result carries. Their images are thumbnails
+of 32×32 pixels, or, for training on crops, photographs as large as they are. `load_images` is the
+door.
 """
 
 import hashlib
@@ -13,18 +14,16 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import torch
-from PIL import Image, ImageOps
 from skimage.transform import downscale_local_mean
 from tqdm import tqdm
 
+from experiment.photo_files import read_rgb
 from experiment.user_errors import UserError, printable
 
-SIZE = 32  # side of every image, pixels
+SIZE = 32  # side of a thumbnail, pixels
 VALIDATION_SHARE = 0.2  # CIFAR-10: 40,000 / 10,000 of the 50,000 training images
+WHOLE_VALIDATION_SHARE = 0.05  # of photographs, which have thousands of times the pixels
 CROPS_PER_FILE = 64  # at most, from one large image of a folder
-# Read by Pillow itself: others, such as EPS, start programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF")
-LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # as a rule; TIFF and WebP are asked
 # Whole photographs per split, so that no test crop has a neighbour among the training crops.
 PHOTOS = {
     "train": ("astronaut", "stereo_motorcycle", "immunohistochemistry"),
@@ -37,7 +36,7 @@ PHOTOS = {
 class Split:
     """Images of one split."""
 
-    images: torch.Tensor  # uint8 [n, 3, 32, 32]
+    images: torch.Tensor | list  # uint8 [n, 3, h, w], or n of [3, h, w] of sizes that differ
     labels: torch.Tensor  # int64 [n], the class index (for photos, the photograph's)
     lossless: torch.Tensor  # bool [n], False where the image was stored with lossy compression
 
@@ -45,7 +44,12 @@ class Split:
         return len(self.images)
 
     def __getitem__(self, index):
-        return Split(self.images[index], self.labels[index], self.lossless[index])
+        images = self.images
+        if isinstance(images, list):
+            images = [images[i] for i in torch.arange(len(images))[index].tolist()]
+        else:
+            images = images[index]
+        return Split(images, self.labels[index], self.lossless[index])
 
 
 @dataclass
@@ -63,37 +67,45 @@ class ImageSource:
         """Of pixels, labels, kinds of files and order of all three splits, as hexadecimal text."""
         digest = hashlib.sha256()
         for split in (self.train, self.val, self.test):
-            for tensor in (split.images, split.labels, split.lossless):
+            images = split.images if isinstance(split.images, list) else [split.images]
+            for tensor in (*images, split.labels, split.lossless):
                 digest.update(str(tuple(tensor.shape)).encode())
                 digest.update(tensor.numpy())
         return digest.hexdigest()
 
 
-def load_images(dataset, data_dir="./data", seed=42):
+def load_images(dataset, data_dir="./data", seed=42, crop=None, test_only=False):
     """Loads an image source.
 
     Args:
         dataset: "cifar10", "photos", or the path of a folder with train/ and test/.
         data_dir: where CIFAR-10 is or gets downloaded to.
         seed: of the random train/validation split (photos are split by photograph instead).
+        crop: side of the crops that training draws; photographs, also those of a folder, then stay
+            whole. None makes thumbnails of them.
+        test_only: of a folder, read the test images alone: those in test/ or, without such a
+            folder, all that it holds.
 
     Returns:
         ImageSource.
 
     Raises:
-        UserError: the images cannot be had; the message names a way out.
+        UserError: the images cannot be had, or are smaller than a crop; the message names a way
+            out.
     """
     if dataset == "photos":
-        return _load_photos()
-    if dataset == "cifar10":
-        return _load_cifar10(data_dir, seed)
-    return _load_folder(Path(dataset), seed)
+        return _load_photos(crop)
+    if dataset != "cifar10":
+        return _load_folder(Path(dataset), seed, crop, test_only)
+    if crop and crop > SIZE:
+        raise UserError(f"--crop {crop}: the images of CIFAR-10 have {SIZE}×{SIZE} pixels")
+    return _load_cifar10(data_dir, seed)
 
 
-def _divide(split, groups, seed):
+def _divide(split, groups, seed, share=VALIDATION_SHARE):
     """Random train/validation split that keeps images of one group (crops of a file) together."""
     count = int(groups.max()) + 1
-    held_out = max(1, int(count * VALIDATION_SHARE))
+    held_out = max(1, int(count * share))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     is_val = torch.isin(groups, order[:held_out])
     return split[~is_val], split[is_val]
@@ -126,7 +138,7 @@ def _crops(image, stride, most=None):
     return windows[np.unravel_index(chosen, windows.shape[:2])].transpose(0, 2, 3, 1)
 
 
-def _load_photos():
+def _load_photos(crop):
     classes = [name for names in PHOTOS.values() for name in names]
     splits = {}
     for part, names in PHOTOS.items():
@@ -135,65 +147,25 @@ def _load_photos():
         for name in names:
             photo = getattr(skimage.data, name)()
             photo = photo[0] if name == "stereo_motorcycle" else photo  # the left view
-            for scale in (3, 4, 6, 8):  # thumbnails, as busy as CIFAR's
+            before = len(images)
+            if crop:
+                images.append(photo)
+            for scale in () if crop else (3, 4, 6, 8):  # thumbnails, as busy as CIFAR's
                 small = downscale_local_mean(photo.astype(np.float32), (scale, scale, 1))
                 if min(small.shape[:2]) >= SIZE:
-                    images.append(_crops(small.round().astype(np.uint8), stride))
-                    labels += [classes.index(name)] * len(images[-1])
-        images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
-        splits[part] = Split(images, torch.tensor(labels), torch.ones(len(images)) > 0)
+                    images.extend(_crops(small.round().astype(np.uint8), stride))
+            labels += [classes.index(name)] * (len(images) - before)
+        splits[part] = _split(images, labels, [True] * len(images), crop)
     return ImageSource("photos", "photos", **splits, classes=classes)
 
 
-def read_image(path):
-    """Reads a file as uint8 RGB [h, w, 3]: grey becomes colour, alpha is laid over white.
-
-    Returns:
-        (array, whether the file stores it without loss).
-
-    Raises:
-        Exception: of any kind: it is no image of FORMATS, damaged, or of values of unknown range.
-    """
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise ValueError("no file, or a link to none")
-    Image.init()
-    formats = [kind for kind in FORMATS if kind in Image.OPEN]  # not every Pillow has all
-    # As a file, since by name Pillow reads some turned TIFFs as stripes.
-    with open(path, "rb") as file, Image.open(file, formats=formats) as image:
-        kind, lossless = image.format, stored_lossless(image, file)
-        if kind == "TIFF":
-            check_tiff(image.tag_v2)
-        image = ImageOps.exif_transpose(image)
-        # Pillow has 16 bits in one of these modes, depending on its release.
-        if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
-            image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError("32 bits per value, of a range that the file does not tell")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB")), lossless
-
-
-def stored_lossless(image, file):
-    """Whether an opened image's file stores its pixels without loss; its name does not tell."""
-    if image.format == "TIFF":
-        return image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
-    if image.format == "WEBP":
-        file.seek(12)
-        return file.read(4) == b"VP8L"
-    return image.format in LOSSLESS
-
-
-def check_tiff(tags):
-    """Raises a ValueError for layouts of which Pillow makes other values than the file's."""
-    bits, photometric, planar = (tags.get(tag) for tag in (258, 262, 284))
-    bits = set(bits) if isinstance(bits, tuple) else {bits or 1}
-    if not bits <= {1, 2, 4, 8, 16, 32}:
-        raise ValueError(f"TIFF of {', '.join(map(str, sorted(bits)))} bits; save it with 8 or 16")
-    if bits == {16} and (photometric == 0 or planar == 2):
-        raise ValueError("TIFF of 16 bits, inverted or in planes; save it in another way")
+def _split(images, labels, lossless, crop):
+    """Split of arrays [h, w, 3], whole ones for training on crops, otherwise all of a size."""
+    if crop:
+        images = [torch.tensor(image).permute(2, 0, 1).contiguous() for image in images]
+    else:
+        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.tensor(labels), torch.tensor(lossless))
 
 
 def list_images(folder):
@@ -216,55 +188,61 @@ def list_images(folder):
     return sorted(found)
 
 
-def _load_folder(folder, seed):
-    if not folder.is_dir():
+def _load_folder(folder, seed, crop, test_only):
+    if not os.path.isdir(folder):
         raise UserError(
             f"--dataset {folder}: no such folder; name one with train/ and test/ image files, "
             "or use cifar10 or photos"
         )
-    for part in ("train", "test"):
-        if not (folder / part).is_dir():
+    parts = {"test": folder / "test"} | ({} if test_only else {"train": folder / "train"})
+    if test_only and not os.path.isdir(parts["test"]):
+        parts["test"] = folder
+    for part, place in parts.items():
+        if not os.path.isdir(place):
             raise UserError(f"{folder} has no {part}/ folder; put {part} images into it")
-    paths = {part: list_images(folder / part) for part in ("train", "test")}
+    paths = {part: list_images(place) for part, place in parts.items()}
     # The class of a file is its sub-folder of train/ or test/, where it has one.
     class_of = {
-        path: path.relative_to(folder / part).parts[0] if path.parent != folder / part else ""
-        for part in paths
+        path: path.relative_to(place).parts[0] if path.parent != place else ""
+        for part, place in parts.items()
         for path in paths[part]
     }
     class_of = {path: printable(name) for path, name in class_of.items()}
     classes = sorted(set(class_of.values()))
-    whole, groups = _read_split(folder / "train", paths["train"], class_of, classes)
-    train, val = _divide(whole, groups, seed)
-    test, _ = _read_split(folder / "test", paths["test"], class_of, classes)
+    train = val = None
+    if not test_only:
+        share = WHOLE_VALIDATION_SHARE if crop else VALIDATION_SHARE
+        both = _read_split(parts["train"], paths["train"], class_of, classes, crop, 2)
+        train, val = _divide(*both, seed, share)
+    test, _ = _read_split(parts["test"], paths["test"], class_of, classes, crop, 1)
     name = printable(f"folder {folder.resolve().name}")
     return ImageSource(name, str(folder.resolve()), train, val, test, classes)
 
 
-def _read_split(folder, paths, class_of, classes):
-    """(Split, int64 [n], the file that each image is from) of image files."""
-    images, labels, lossless, files, skipped = [], [], [], [], []
+def _read_split(folder, paths, class_of, classes, crop, fewest):
+    """(Split, int64 [n], the file that each image is from) of image files, of `fewest` at least."""
+    images, labels, lossless, files, skipped, least = [], [], [], [], [], crop or SIZE
     for path in tqdm(paths, f"reading {folder.name}", unit="file", leave=False, disable=None):
         try:
-            image, kept_all = read_image(path)
-            if min(image.shape[:2]) < SIZE:
-                raise ValueError(f"{image.shape[1]}×{image.shape[0]} pixels, less than {SIZE}")
+            image, kept_all = read_rgb(path)
+            if min(image.shape[:2]) < least:
+                raise ValueError(f"{image.shape[1]}×{image.shape[0]} pixels, less than {least}")
         except Exception as error:  # decoders have their own for every kind of damage
             skipped.append(f"{path} ({str(error) or type(error).__name__})")
             continue
-        crops = _crops(image, SIZE, CROPS_PER_FILE)
-        images.append(crops)
-        labels += [classes.index(class_of[path])] * len(crops)
-        lossless += [kept_all] * len(crops)
-        files += [len(images) - 1] * len(crops)
+        parts = [image] if crop else _crops(image, SIZE, CROPS_PER_FILE)
+        images.extend(parts)
+        labels += [classes.index(class_of[path])] * len(parts)
+        lossless += [kept_all] * len(parts)
+        files += [files[-1] + 1 if files else 0] * len(parts)
     if skipped:
         named = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
-        count = f"{len(skipped)} of {len(paths)} files in {folder}"
-        print(printable(f"warning: skipped {count}: {named}"), file=sys.stderr)
-    if len(images) < (2 if folder.name == "train" else 1):
+        where = f"{len(skipped)} of {len(paths)} files in {folder}"
+        print(printable(f"warning: skipped {where}: {named}"), file=sys.stderr)
+    count = len(set(files))
+    if count < fewest:
         raise UserError(
-            f"{folder} holds {len(images)} readable image files of at least {SIZE}×{SIZE} pixels; "
+            f"{folder} holds {count} readable image files of at least {least}×{least} pixels; "
             "training takes 2 or more and testing 1"
         )
-    images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(labels), torch.tensor(lossless)), torch.tensor(files)
+    return _split(images, labels, lossless, crop), torch.tensor(files)

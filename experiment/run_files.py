@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import glob
+import io
 import os
 import tempfile
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import filelock
 import matplotlib
 from matplotlib import pyplot as plt
 
-from experiment.evaluation import psnr_of
 from experiment.user_errors import UserError
 
 matplotlib.use("Agg")  # figures go to files, also where there is no display
@@ -29,12 +29,8 @@ def replace_when_complete(path):
     Raises:
         UserError: `path` is something else than a file, or its folder cannot be written.
     """
-    path = Path(os.path.realpath(path))
+    path = place_of(path)
     try:
-        if not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: its folder does not exist; create it")
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is a folder or a device; name a file")
         handle, temporary = tempfile.mkstemp(path.suffix, temporary_prefix(path), path.parent)
         os.close(handle)
         umask = os.umask(0)
@@ -51,8 +47,22 @@ def replace_when_complete(path):
         Path(temporary).unlink(missing_ok=True)
 
 
+def place_of(path):
+    """The Path that `path` is or links to.
+
+    Raises:
+        UserError: there cannot be a file of ours.
+    """
+    place = Path(os.path.realpath(path))
+    if not os.path.isdir(place.parent):
+        raise UserError(f"cannot write {path}: its folder does not exist; create it")
+    if os.path.exists(place) and not os.path.isfile(place):
+        raise UserError(f"cannot write {path}: it is a folder or a device; name a file")
+    return place
+
+
 def temporary_prefix(path):
-    return f".{path.stem}.incomplete-"
+    return f".{path.name}.incomplete-"
 
 
 def check_writable(path):
@@ -89,21 +99,23 @@ def locked(paths):
     Raises:
         UserError: another process has them, or they could not be written.
     """
-    for path in paths:
-        check_writable(path)
     with contextlib.ExitStack() as stack:
-        for path in (Path(os.path.realpath(path)) for path in paths):
-            lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+        for path in map(place_of, paths):
+            lock = filelock.FileLock(path.with_name(f"{temporary_prefix(path)}lock"))
             try:
                 lock.acquire(timeout=0)
             except filelock.Timeout:
                 raise UserError(
                     f"another run is writing {path}; wait for it, or name another --output"
                 ) from None
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}; name another") from None
             stack.callback(lock.release)
             stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
             for left in path.parent.glob(glob.escape(temporary_prefix(path)) + "*"):
-                left.unlink(missing_ok=True)
+                if str(left) != lock.lock_file and left.is_file():
+                    left.unlink()
+            check_writable(path)
         yield
 
 
@@ -119,15 +131,13 @@ def write_text(text, path):
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_csv(rows, path):
-    """Writes dicts with the same keys as a CSV file with a header."""
-    with (
-        replace_when_complete(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+def csv_text(rows):
+    """A CSV file with a header, of dicts with the same keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 @dataclass
@@ -153,30 +163,15 @@ class RunFiles:
             f"{self.checkpoint} the best model so far; to go on, repeat the command with --resume"
         )
 
-    def keep_existing(self):
-        """Renames what an earlier run left under these names; nothing is overwritten."""
+    def keep_existing(self, but=()):
+        """Renames what another run left under these names, all `but` those of this one."""
         kept, number = self, 0
         while any(path.exists() for path in kept.all):
             number += 1
             kept = RunFiles(self.checkpoint.with_suffix(f".{number}{self.checkpoint.suffix}"))
         for path, new in zip(self.all, kept.all, strict=True):
-            if path.exists():
+            if path.exists() and path not in but:
                 os.replace(path, new)
                 print(f"kept the existing {path} as {new}")
         if kept.resume.exists() and kept is not self:
             print(f"that run was not complete; --resume --output {kept.checkpoint} goes on with it")
-
-
-def draw_history(history):
-    """Figure: the learning curve of a run, from its rows of `train`."""
-    epochs = [row["epoch"] for row in history]
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in (("train_mse", "training"), ("val_mse", "validation")):
-        axis.plot(epochs, [psnr_of(row[name]) for row in history], ".-", label=label)
-    best = min(history, key=lambda row: row["val_mse"])
-    axis.axvline(best["epoch"], color="grey", lw=0.8, ls=":", label=f"best: {best['epoch']}")
-    axis.set(xlabel="epoch", ylabel="PSNR of the mean squared error (dB)", title="Learning curve")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3)
-    axis.legend()
-    return figure

@@ -16,6 +16,7 @@ import urllib.error
 import zipfile
 import zlib
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ import visualize_training_data
 from conftest import ROOT, assert_refused, write_images
 from experiment.checkpoints import read_checkpoint, write_checkpoint
 from experiment.evaluation import (
+    draw_history,
     evaluate,
     psnr,
     psnr_of,
@@ -45,12 +47,13 @@ from experiment.evaluation import (
     validation_batches,
     validation_mse,
 )
-from experiment.image_sources import load_images, read_image
+from experiment.image_sources import load_images
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
-from experiment.run_files import RunFiles, draw_history, locked, replace_when_complete
+from experiment.photo_files import read_rgb
+from experiment.run_files import RunFiles, locked, replace_when_complete
 from experiment.user_errors import UserError, run_main
 from model_variants import VARIANTS
-from small_vit import MODELS, load_model
+from small_vit import MODELS, SmallViT, load_model
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -422,7 +425,7 @@ def test_parts_of_a_trained_model_are_replaced(trained, call):
 
 
 def test_every_replaced_part_changes_the_model(vit):
-    variants, noisy = ablation_study.replaced_parts(vit), torch.rand(2, 3, 32, 32)
+    variants, noisy = ablation_study.replaced_parts(vit, 64), torch.rand(2, 3, 32, 32)
     image = variants.pop("as trained").denoise(noisy)
     for name, variant in variants.items():
         assert (variant.denoise(noisy) - image).abs().max() > 1e-5, name
@@ -608,7 +611,7 @@ def test_crops_of_a_huge_image_are_spread_over_it(tmp_path):
 def test_other_colour_modes_are_converted(tmp_path, mode):
     suffix = ".tif" if mode == "CMYK" else ".png"
     (path,) = write_images(tmp_path, 1, mode=mode, suffix=suffix)
-    image, lossless = read_image(path)
+    image, lossless = read_rgb(path)
     assert image.dtype == np.uint8 and lossless
     with Image.open(path) as stored:
         assert np.array_equal(image, np.asarray(stored.convert("RGB")))
@@ -621,7 +624,7 @@ def test_transparency_is_laid_over_white(tmp_path, mode):
     if mode == "P":
         clear.putpalette([10, 20, 30] * 4)
     clear.save(tmp_path / "clear.png", **({"transparency": 3} if mode == "P" else {}))
-    assert (read_image(tmp_path / "clear.png")[0] == 255).all()
+    assert (read_rgb(tmp_path / "clear.png")[0] == 255).all()
 
 
 def test_sixteen_bits_keep_their_brightness(tmp_path):
@@ -629,11 +632,11 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
     deep = Image.fromarray(np.tile(values, (32, 6)))
     for suffix in ("png", "tif", "pgm"):
         deep.save(tmp_path / f"deep.{suffix}")
-        image, _ = read_image(tmp_path / f"deep.{suffix}")
+        image, _ = read_rgb(tmp_path / f"deep.{suffix}")
         assert image[0, :6, 0].tolist() == [0, 0, 199, 77, 254, 255], suffix
     ten_bits = (np.tile([0, 512, 1023], (32, 11))[:, :32]).astype(">u2")
     (tmp_path / "ten.pgm").write_bytes(b"P5 32 32 1023\n" + ten_bits.tobytes())
-    assert read_image(tmp_path / "ten.pgm")[0][0, :3, 0].tolist() == [0, 127, 255]
+    assert read_rgb(tmp_path / "ten.pgm")[0][0, :3, 0].tolist() == [0, 127, 255]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -654,7 +657,7 @@ def test_turned_photographs_are_turned_back(tmp_path, suffix, mode):
     upright.transpose(Image.Transpose.ROTATE_90).save(
         tmp_path / f"turned.{suffix}", exif=exif, **({"quality": 95} if suffix == "jpg" else {})
     )
-    image, _ = read_image(tmp_path / f"turned.{suffix}")
+    image, _ = read_rgb(tmp_path / f"turned.{suffix}")
     assert image.shape == (96, 64, 3)
     grey = image.astype(int).mean(2)
     assert np.abs(np.diff(grey.mean(1))).max() < 8 and abs(grey[-1].mean() - grey[0].mean()) > 200
@@ -667,7 +670,7 @@ def test_tiffs_of_which_other_values_would_be_read_are_refused(tmp_path, layout)
     shape = (3, 32, 32) if "planarconfig" in layout else (32, 32)
     tifffile.imwrite(tmp_path / "odd.tif", np.full(shape, 9000, dtype=np.uint16), **layout)
     with pytest.raises(ValueError, match="16 bits"):
-        read_image(tmp_path / "odd.tif")
+        read_rgb(tmp_path / "odd.tif")
 
 
 def test_the_decoder_tells_whether_a_file_is_lossless(tmp_path):
@@ -684,7 +687,7 @@ def test_the_decoder_tells_whether_a_file_is_lossless(tmp_path):
         ("a.bmp", {}, True),
     ):
         image.save(tmp_path / name, **options)
-        assert read_image(tmp_path / name)[1] == lossless, name
+        assert read_rgb(tmp_path / name)[1] == lossless, name
 
 
 def test_no_part_of_a_folder_is_left_out_in_silence(folder, tmp_path, capsys):
@@ -703,7 +706,7 @@ def test_no_part_of_a_folder_is_left_out_in_silence(folder, tmp_path, capsys):
 def test_values_of_unknown_range_are_not_guessed(tmp_path, kind):
     Image.fromarray(np.full((32, 32), 100, dtype=kind)).save(tmp_path / "raw.tif")
     with pytest.raises(ValueError, match="range"):
-        read_image(tmp_path / "raw.tif")
+        read_rgb(tmp_path / "raw.tif")
 
 
 def test_unusable_files_are_named_and_skipped(folder, capsys):
@@ -714,7 +717,7 @@ def test_unusable_files_are_named_and_skipped(folder, capsys):
     assert len(source.train) + len(source.val) == 20
     warning = capsys.readouterr().err
     assert "skipped 3 of 23" in warning
-    for words in ("notes.txt (cannot identify", "cut.png (", "31×40 pixels"):
+    for words in ("notes.txt (no image of", "cut.png (", "31×40 pixels"):
         assert words in warning
 
 
@@ -920,6 +923,8 @@ def test_bad_checkpoints_are_refused(trained, call, script, make, words):
         ({"test.psnr_mean": "25"}, "test.psnr_mean cannot be '25'"),
         ({"config.k_attend": (32.0, 64, 128)}, "another architecture"),
         ({"config.k_attend": ()}, "another architecture"),
+        ({"config.k_attend": {32: 1, 64: 2, 128: 3}}, "is damaged"),
+        ({"recipe.epochs": torch.tensor(1)}, "is damaged"),
         ({"config.num_heads": 4.0}, "another architecture"),
         ({"config.num_layers": 0}, "another architecture"),
         ({"config.num_layers": 10**9}, "another architecture"),
@@ -1058,9 +1063,9 @@ def test_no_noise_is_no_obstacle(call, folder):
         assert process.returncode == 0, process.stderr
         assert "nan" not in process.stdout and "inf ± 0.00" in process.stdout
     assert_refused(call(ablation_study, *options), "--noise-level", "no noise")
-    for level in (0, 1e-30):
-        options = ("--dataset", folder, "--noise-level", level)
-        assert call(visualize_training_data, *options).returncode == 0
+    assert call(visualize_training_data, *options).returncode == 0
+    process = call(visualize_training_data, "--dataset", folder, "--noise-level", 1e-30)
+    assert_refused(process, "must be 0 or at least")
 
 
 def test_a_lost_stdout_costs_nothing(tmp_path, folder):
@@ -1162,9 +1167,9 @@ def test_an_earlier_run_is_kept_under_another_name(call, folder):
 
 def test_two_runs_do_not_write_the_same_files(call, folder, tmp_path):
     (tmp_path / "link.pt").symlink_to(tmp_path / "m.pt")
-    (tmp_path / ".m.incomplete-x.pt").write_text("left by a run that was killed")
+    (tmp_path / ".m.pt.incomplete-x.pt").write_text("left by a run that was killed")
     with locked([Path("link.pt")]):
-        assert not list(tmp_path.glob(".m.incomplete*"))
+        assert not list(tmp_path.glob(".m.pt.incomplete-x*"))
         process = call(experiment, "--dataset", folder, *SHORT, "--output", "m.pt")
         assert_refused(process, "another run is writing", "m.pt", "--output")
     with locked(RunFiles(Path("m")).all):  # another name, but the same history
@@ -1185,6 +1190,89 @@ def test_a_lock_dies_with_its_process(tmp_path):
     with locked([tmp_path / "m.pt"]):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_resuming_overwrites_no_file_of_another_run(call, folder, monkeypatch):
+    arguments = ("--dataset", folder, "--epochs", 2, "--output", "m.pt")
+    original = experiment.validation_mse
+    epochs = []
+
+    def interrupted(*validation):
+        epochs.append(len(epochs))
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return original(*validation)
+
+    monkeypatch.setattr(experiment, "validation_mse", interrupted)
+    assert call(experiment, *arguments).returncode == 130
+    monkeypatch.setattr(experiment, "validation_mse", original)
+    Path("m_history.csv").write_text("precious")
+    process = call(experiment, *arguments, "--resume")
+    assert process.returncode == 0, process.stderr
+    assert Path("m.1_history.csv").read_text() == "precious"
+    assert len(Path("m_history.csv").read_text().splitlines()) == 3
+
+
+def test_a_linked_output_is_written_where_it_leads(call, folder, tmp_path):
+    (tmp_path / "disk").mkdir()
+    Path("m.pt").symlink_to(tmp_path / "disk" / "real.pt")
+    for _ in range(2):
+        assert call(experiment, "--dataset", folder, *SHORT, "--output", "m.pt").returncode == 0
+    assert Path("m.pt").is_symlink()
+    assert {"real.pt", "real.1.pt"} <= {path.name for path in (tmp_path / "disk").iterdir()}
+
+
+def test_a_lock_removes_its_own_files_alone(tmp_path):
+    others = [".m.pt.lock", ".m_x.png.incomplete-1.png", ".m.incomplete-1.pt"]
+    for name in others:
+        (tmp_path / name).write_text("of somebody else")
+    (tmp_path / ".m.pt.incomplete-folder").mkdir()
+    (tmp_path / ".m.pt.incomplete-1.pt").write_text("left by a run that was killed")
+    with locked([tmp_path / "m.pt"]):
+        pass
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*others, ".m.pt.incomplete-folder"}
+    assert (tmp_path / others[0]).read_text() == "of somebody else"
+    with pytest.raises(UserError, match="create it"), locked([tmp_path / "no" / "m.pt"]):
+        pass
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("script", [visualize_proper_results, ablation_study])
+@pytest.mark.parametrize("config", [{"image_size": 64}, {"patch_size": 16}, {"image_size": 16}])
+def test_models_of_other_sizes_are_shown(call, folder, trained, config, script, monkeypatch):
+    changed = replace(MODELS["published"], **config)
+    contents = {"model": SmallViT(changed).state_dict(), "config": asdict(changed)}
+    write_checkpoint(trained.checkpoint | contents, "m.pt")
+    process = call(script, "--checkpoint", "m.pt", "--dataset", folder)
+    assert process.returncode == 0, process.stderr
+
+
+def test_names_too_long_are_one_sentence(call, trained):
+    name = 300 * "n"
+    assert_refused(call(debug_evaluation, "--checkpoint", name), "no such checkpoint")
+    assert_refused(call(debug_test_data, "--dataset", name), "no such folder")
+    assert_refused(call(experiment, "--dataset", "photos", "--output", name), "cannot write")
+    assert_refused(call(ablation_study, "--output", f"{name}.json"), "cannot write")
+    write_checkpoint(trained.checkpoint | {"dataset": name}, "m.pt")
+    assert_refused(call(debug_evaluation, "--checkpoint", "m.pt"), "is not at")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        100_000 * "[",
+        '{"recipe": {}, "rows": [{"variant": "published", "seed": [0]}]}',
+        '{"recipe": {}, "rows": [{"variant": "published", "parameters": 1e400}]}',
+        '{"recipe": {}, "rows": 3}',
+        "[]",
+    ],
+)
+def test_other_json_files_are_no_study(call, folder, text):
+    Path("s.json").write_text(text)
+    process = call(ablation_study, "--dataset", folder, "--output", "s.json")
+    assert_refused(process, "s.json", "no result of this script")
+    assert Path("s.json").read_text() == text
 
 
 def test_a_run_that_comes_to_nothing_moves_nothing(call, folder):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -598,10 +599,11 @@ def test_processes_share_every_whole_batch_without_overlap(monkeypatch):
 
 def test_processes_take_equal_shares_or_none(monkeypatch):
     monkeypatch.setattr(experiment, "world_size", lambda: 3)
-    experiment.check_shares(Recipe(batch_size=6), range(6))
+    experiment.check_shares(Recipe(batch_size=6), SimpleNamespace(epoch_size=6))
     for batch_size, images in ((64, 100), (6, 5)):
         with pytest.raises(UserError, match="--batch-size"):
-            experiment.check_shares(Recipe(batch_size=batch_size), range(images))
+            few = SimpleNamespace(epoch_size=images)
+            experiment.check_shares(Recipe(batch_size=batch_size), few)
 
 
 def test_training_goes_on_where_torch_compile_fails(few, plain, monkeypatch, capsys):

@@ -1,0 +1,198 @@
+"""Removes the noise from photographs of any size.
+
+    python denoise_image.py photo.jpg                 # writes photo_denoised.png beside it
+    python denoise_image.py holiday/ --output clean/  # all images of a folder
+
+It removes noise that is independent from pixel to pixel, of any strength up to σ = 0.3. The
+blotches that a camera's JPEG makes of noise are not of this kind. In Python:
+`denoise(load_model("models/photographs.pt"), array)`.
+"""
+
+import glob
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from PIL import Image
+from skimage.restoration import estimate_sigma
+from tqdm import tqdm
+
+from experiment.checkpoints import read_checkpoint
+from experiment.command_line import make_parser, number, select_device
+from experiment.photo_files import FORMATS, read_photo, write_photo
+from experiment.run_files import place_of, write_figure
+from experiment.tiling import OVERLAP, TILE, denoise
+from experiment.user_errors import UserError, printable, run_main
+from small_vit import build_model
+
+CHECKPOINT = Path(__file__).with_name("models") / "photographs.pt"
+SUFFIX = "_denoised"
+SHOWN = 1024  # side of the largest part that is shown or whose noise is estimated, pixels
+
+
+def find_images(names):
+    """Paths of the images that file names, folders and wildcards stand for, in their order.
+
+    Raises:
+        UserError: one of them stands for none.
+    """
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    found = {}
+    for name in names:
+        paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if os.path.isdir(name):
+            paths = sorted(str(path) for path in Path(name).iterdir() if path.is_file())
+            paths = [path for path in paths if Path(path).suffix.lower() in known]
+            paths = [path for path in paths if not Path(path).stem.endswith(SUFFIX)]
+        if not paths:
+            raise UserError(f"{name}: no image there; name image files, folders or wildcards")
+        found |= dict.fromkeys(map(Path, paths))
+    return list(found)
+
+
+def choose_outputs(paths, output, overwrite):
+    """{input: output}; by default the input's name with _denoised.png, beside it.
+
+    Raises:
+        UserError: an output is there already, would be written twice, or cannot be written.
+    """
+    folder = output and (len(paths) > 1 or os.path.isdir(output) or output.endswith(os.sep))
+    if folder and os.path.exists(output) and not os.path.isdir(output):
+        raise UserError(f"--output {output}: name a folder for {len(paths)} images")
+    stems, chosen = Counter((folder or path.parent, path.stem) for path in paths), {}
+    for path in paths:
+        alone = stems[folder or path.parent, path.stem] == 1
+        name = path.stem if alone else path.name.replace(".", "_")  # a.jpg beside a.tif
+        new = path.with_name(f"{name}{SUFFIX}.png")
+        if output:
+            new = Path(output) / new.name if folder else Path(output)
+        if new in chosen.values():
+            raise UserError(f"{new} would be written twice; name the images one by one")
+        if os.path.lexists(new) and not overwrite:
+            raise UserError(f"{new} is there already; give --overwrite to replace it")
+        chosen[path] = new
+    if folder:
+        os.makedirs(output, exist_ok=True)
+    for new in chosen.values():
+        place_of(new)
+    return chosen
+
+
+def middle(array):
+    """The middle of [h, w, C], at most SHOWN × SHOWN pixels."""
+    top, left = (max(0, (size - SHOWN) // 2) for size in array.shape[:2])
+    return array[top : top + SHOWN, left : left + SHOWN]
+
+
+def noise_of(array):
+    """σ of the noise, estimated from wavelets (scikit-image), in [0, 1]; NaN for tiny images."""
+    part = middle(array) / np.float32(np.iinfo(array.dtype).max)
+    if min(part.shape[:2]) < 16:
+        return float("nan")
+    return float(estimate_sigma(part, channel_axis=2, average_sigmas=True))
+
+
+def draw_comparison(before, after, name):
+    """Figure: before | after | what was removed, four times as strong; the middle of the image."""
+    before, after = (middle(a) / np.float32(np.iinfo(a.dtype).max) for a in (before, after))
+    removed = np.clip(0.5 + 4 * (before - after), 0, 1)
+    height, width = before.shape[:2]
+    scale = max(1, 300 / width)  # inches are hundredths of a pixel
+    figure, axes = plt.subplots(
+        1, 3, figsize=(3 * scale * width / 100, scale * height / 100 + 0.4), layout="constrained"
+    )
+    titles = ("before", "after", "removed, ×4")
+    for axis, image, title in zip(axes, (before, after, removed), titles, strict=True):
+        axis.imshow(np.broadcast_to(image, (height, width, 3)), interpolation="nearest")
+        axis.set(xticks=[], yticks=[], title=f"{title}: {name}" if title == "before" else title)
+    return figure
+
+
+def denoise_file(path, output, model, args):
+    """Denoises one file and prints its line."""
+    started = time.perf_counter()
+    photo = read_photo(path)
+    pixels = denoise(model, photo.pixels, args.tile, dtype=args.dtype, strength=args.strength)
+    write_photo(replace(photo, pixels=pixels), output)
+    seconds = time.perf_counter() - started
+    if args.compare:
+        figure = draw_comparison(photo.pixels, pixels, path.name)
+        write_figure(figure, output.with_name(f"{output.stem}_compare.png"), dpi=100)
+    height, width = pixels.shape[:2]
+    noise = f"noise {noise_of(photo.pixels):.4f} → {noise_of(pixels):.4f}"
+    tqdm.write(printable(f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"))
+
+
+def read_model(path, device):
+    """The photograph model of a checkpoint.
+
+    Raises:
+        UserError: it cannot be had, or was not trained on photographs.
+    """
+    checkpoint = read_checkpoint(path)
+    if not checkpoint["recipe"].get("crop"):
+        raise UserError(
+            f"{path} was trained on thumbnails; name a model for photographs, as "
+            "denoising_experiment_proper.py --recipe photographs trains it"
+        )
+    return build_model(checkpoint, path).to(device)
+
+
+def parse_args():
+    parser = make_parser(
+        "Removes noise from photographs of any size and kind: grey, 16 bits and alpha stay as they "
+        "are, colour profiles are kept, EXIF orientation is applied.",
+        "python denoise_image.py holiday/*.jpg --output clean/",
+        *("checkpoint", "device", "threads", "dtype"),
+    )
+    parser.set_defaults(checkpoint=str(CHECKPOINT))
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or wildcards")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")
+    group.add_argument("--overwrite", action="store_true", help="replace what is there already")
+    group.add_argument(
+        "--compare", action="store_true", help="draw before, after and what was removed as well"
+    )
+    group.add_argument(
+        "--strength",
+        type=number(float, 0, most=1),
+        default=1.0,
+        help="part of the noise to remove, 0 to 1 (default: 1)",
+    )
+    group.add_argument(
+        "--tile",
+        type=number(int, OVERLAP + 1),
+        default=TILE,
+        metavar="PIXELS",
+        help=f"side of the tiles of large images, above their overlap of {OVERLAP}: memory and "
+        f"time fall with it (default: {TILE})",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    outputs = choose_outputs(find_images(args.images), args.output, args.overwrite)
+    model = read_model(args.checkpoint, select_device(args.device, args.threads))
+    failed = []
+    for path, output in tqdm(outputs.items(), "images", unit="img", leave=False, disable=None):
+        try:
+            denoise_file(path, output, model, args)
+        except (MemoryError, RuntimeError):
+            raise
+        except Exception as error:  # decoders have their own for every kind of damage
+            failed.append(f"{path}: {str(error) or type(error).__name__}")
+    if failed and len(failed) == len(outputs):
+        raise UserError("; ".join(failed))
+    for sentence in failed:
+        print(printable(f"failed: {sentence}"), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,209 @@
+"""Image files: reading them with all that a photograph brings along, and writing them."""
+
+import os
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from experiment.run_files import replace_when_complete
+from experiment.user_errors import UserError
+
+# Read by Pillow itself: others, such as EPS, start programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF")
+LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # as a rule; TIFF and WebP are asked
+GREY_MODES = ("1", "L", "LA", "La")
+ORIENTATION = 0x0112  # EXIF tag
+
+
+@dataclass
+class Photo:
+    """An image as its file has it, turned upright."""
+
+    pixels: np.ndarray  # uint8 or uint16, [h, w, 3], or [h, w, 1] where it is grey
+    alpha: np.ndarray | None = None  # [h, w, 1] of the same dtype
+    icc_profile: bytes | None = None
+    lossless: bool = True  # whether the file stores it without loss
+
+
+def read_photo(path):
+    """Reads a file; palettes, CMYK and other colours become RGB.
+
+    Args:
+        path: an image file of FORMATS.
+
+    Returns:
+        Photo.
+
+    Raises:
+        Exception: of any kind: it is no such image, damaged, or of values of unknown range.
+    """
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError("no file, or a link to none")
+    Image.init()
+    formats = [kind for kind in FORMATS if kind in Image.OPEN]  # not every Pillow has all
+    with warnings.catch_warnings(), open(path, "rb") as file:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many are refused
+        # As a file, since by name Pillow reads some turned TIFFs as stripes.
+        try:
+            image = Image.open(file, formats=formats)
+        except UnidentifiedImageError:
+            raise ValueError(f"no image of {', '.join(FORMATS)}") from None
+        with image:
+            lossless, profile = stored_lossless(image, file), image.info.get("icc_profile")
+            deep = is_deep(image, file)
+            array = deep_pixels(file) if deep else plain_pixels(image)
+            # Asked now, since Pillow turns TIFFs itself when it reads them, as OpenCV does.
+            orientation = image.getexif().get(ORIENTATION, 1)
+            orientation = 1 if deep and image.format == "TIFF" else orientation
+    array = turned(array, orientation)
+    has_alpha = array.shape[2] in (2, 4)
+    pixels, alpha = np.split(array, [array.shape[2] - has_alpha], axis=2)
+    space = {1: b"GRAY", 3: b"RGB "}[pixels.shape[2]]
+    if not profile or profile[16:20] != space:  # that of a CMYK file, say
+        profile = None
+    return Photo(pixels, alpha if has_alpha else None, profile, lossless)
+
+
+def read_rgb(path):
+    """Reads a file as uint8 RGB: grey becomes colour, alpha is laid over white.
+
+    Returns:
+        (array [h, w, 3], whether the file stores it without loss).
+
+    Raises:
+        Exception: as read_photo does.
+    """
+    photo = read_photo(path)
+    pixels, alpha = photo.pixels, photo.alpha
+    if alpha is not None:
+        most = np.iinfo(pixels.dtype).max
+        share = alpha / np.float32(most)
+        pixels = (pixels * share + most * (1 - share)).round().astype(pixels.dtype)
+    if pixels.dtype == np.uint16:
+        pixels = (pixels // 257).astype(np.uint8)
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)), photo.lossless
+
+
+def stored_lossless(image, file):
+    """Whether an opened image's file stores its pixels without loss; its name does not tell."""
+    if image.format == "TIFF":
+        return image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
+    if image.format == "WEBP":
+        file.seek(12)
+        return file.read(4) == b"VP8L"
+    return image.format in LOSSLESS
+
+
+def is_deep(image, file):
+    """Whether a PNG or TIFF has 16 bits, of which Pillow drops half where there are colours.
+
+    Raises:
+        ValueError: a TIFF is of a layout of which Pillow makes other values than the file's.
+    """
+    if image.format == "PNG":
+        file.seek(24)
+        return file.read(1) == b"\x10"
+    if image.format != "TIFF":
+        return False
+    bits, photometric, planar, signed = (image.tag_v2.get(tag) for tag in (258, 262, 284, 339))
+    bits = set(bits) if isinstance(bits, tuple) else {bits or 1}
+    if not bits <= {1, 2, 4, 8, 16, 32}:
+        raise ValueError(f"TIFF of {', '.join(map(str, sorted(bits)))} bits; save it with 8 or 16")
+    if 2 in (signed if isinstance(signed, tuple) else (signed,)):
+        raise ValueError("TIFF of signed numbers, of a range that the file does not tell")
+    if bits == {16} and (photometric == 0 or planar == 2):
+        raise ValueError("TIFF of 16 bits, inverted or in planes; save it in another way")
+    return bits == {16}
+
+
+def deep_pixels(file):
+    """uint16 [h, w, C] of a PNG or TIFF."""
+    import cv2  # needed here alone
+
+    file.seek(0)
+    content = np.frombuffer(file.read(), np.uint8)
+    array = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    if array is None or array.dtype != np.uint16:
+        raise ValueError("an image of 16 bits that is damaged, or of an unknown layout")
+    if array.ndim == 2:
+        return array[:, :, None]
+    array = array[:, :, [2, 1, 0, 3][: array.shape[2]]]  # OpenCV has blue first
+    if bytes(content[1:4]) == b"PNG" and content[25] == 4:  # grey with alpha
+        array = array[:, :, [0, 3]]
+    return array
+
+
+def plain_pixels(image):
+    """uint8 [h, w, C] of an image opened by Pillow, or uint16 where it is grey of 16 bits."""
+    # Pillow has 16 bits in one of these modes, depending on its release.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return np.asarray(image).astype(np.uint16)[:, :, None]
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per value, of a range that the file does not tell")
+    if image.mode in GREY_MODES:
+        array = np.asarray(image.convert("LA" if image.has_transparency_data else "L"))
+    else:
+        array = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    return array.reshape(*array.shape[:2], -1)
+
+
+def turned(array, orientation):
+    """Applies an EXIF orientation, 1 to 8; of another value, nothing."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return array[::-1] if orientation in (3, 4, 7, 8) else array
+
+
+# Writing -------------------------------------------------------------------------------------
+
+
+def write_photo(photo, path):
+    """Writes a Photo in the format that the name of the file asks for.
+
+    Raises:
+        UserError: it cannot be written, or not in this format.
+    """
+    array, profile, suffix = photo.pixels, photo.icc_profile, path.suffix.lower()
+    if photo.alpha is not None:
+        array = np.concatenate([array, photo.alpha], axis=2)
+    array = np.ascontiguousarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    with replace_when_complete(path) as temporary:
+        try:
+            if suffix in (".tif", ".tiff"):
+                colours = "rgb" if photo.pixels.shape[2] == 3 else "minisblack"
+                extra = ["unassalpha"] if photo.alpha is not None else None
+                kind = {"photometric": colours, "extrasamples": extra, "compression": "zlib"}
+                tifffile.imwrite(temporary, array, iccprofile=profile, planarconfig=1, **kind)
+            elif array.dtype != np.uint16:
+                quality = {"quality": 95} if suffix in (".jpg", ".jpeg", ".webp") else {}
+                Image.fromarray(array).save(temporary, icc_profile=profile, **quality)
+            elif suffix == ".png":
+                temporary.write_bytes(deep_png(array, profile))
+            else:
+                raise ValueError(f"{suffix} has no 16 bits")
+        except (ValueError, KeyError, OSError) as error:
+            if getattr(error, "errno", None):  # of the disk
+                raise
+            raise UserError(f"cannot write {path}: {error}; name a .png file") from None
+
+
+def deep_png(array, profile):
+    """The bytes of a PNG of 16 bits; uint16 [h, w] or [h, w, C], grey with alpha as colours."""
+    import cv2
+
+    if array.ndim == 3:
+        blue_first = {2: [0, 0, 0, 1], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[array.shape[2]]
+        array = np.ascontiguousarray(array[:, :, blue_first])
+    content = cv2.imencode(".png", array)[1].tobytes()
+    if profile:  # OpenCV has no place for it: a chunk after the signature and the header
+        chunk = b"iCCP" + b"ICC profile\0\0" + zlib.compress(profile)
+        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        content = content[:33] + chunk + content[33:]
+    return content

@@ -1,0 +1,93 @@
+"""Denoising an image of any size in overlapping tiles: memory grows with a tile, not the image."""
+
+import math
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+TILE, OVERLAP = 512, 32  # pixels
+
+
+def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=1.0):
+    """Denoises an image.
+
+    An image that fits into a tile is restored as a whole. Otherwise tiles of equal size overlap by
+    `overlap` pixels at least, where each fades into the next.
+
+    Args:
+        model: SmallViT, or another denoiser of images [B, 3, h, w] in [0, 1]; it is left in
+            evaluation mode.
+        image: array [h, w, 3] or, grey, [h, w] or [h, w, 1]; uint8, uint16, or float32 in [0, 1]
+            (noise may lead out of it).
+        tile: side of the tiles, pixels.
+        overlap: of two tiles, pixels, below `tile`.
+        dtype: name of that of matrix products; bfloat16 runs them under autocast.
+        strength: 1 gives the restored image, 0 the input, what is between a mixture.
+
+    Returns:
+        Array of the same shape and dtype.
+
+    Raises:
+        ValueError: the image is of another shape or dtype, or an argument out of its range.
+    """
+    image = np.asarray(image)
+    if image.dtype not in (np.uint8, np.uint16, np.float32) or not image.size:
+        raise ValueError(f"expected uint8, uint16 or float32, got {image.dtype} {image.shape}")
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
+        raise ValueError(f"expected [h, w], [h, w, 1] or [h, w, 3], got {list(image.shape)}")
+    if not 0 < overlap < tile:
+        raise ValueError(f"overlap must be in 1 … tile - 1, got tile={tile}, overlap={overlap}")
+    pixels = image.reshape(*image.shape[:2], -1)
+    rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
+    restored, unfinished = np.empty_like(pixels), 0
+    bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None)
+    for number, (rows_of, fade) in enumerate(rows):
+        band = torch.zeros(rows_of.stop - rows_of.start, *pixels.shape[1:])  # [rows, w, C]
+        for columns_of, fade_across in columns:
+            part = restore_tile(model, pixels[rows_of, columns_of], dtype, strength)
+            band[:, columns_of] += fade_across[:, None] * part
+            bar.update()
+        band *= fade[:, None, None]
+        if number:
+            band[: len(unfinished)] += unfinished
+        end = rows[number + 1][0].start if number + 1 < len(rows) else len(pixels)
+        done, unfinished = band.split([end - rows_of.start, rows_of.stop - end])
+        restored[rows_of.start : end] = as_stored(done.numpy(), image.dtype)
+    bar.close()
+    return restored.reshape(image.shape)
+
+
+def windows(size, tile, overlap):
+    """[(slice, weights float32 [n])]: evenly spread tiles of a side whose weights sum to 1."""
+    tile = min(size, tile)
+    count = math.ceil((size - overlap) / (tile - overlap)) if size > tile else 1
+    starts = np.linspace(0, size - tile, count).round().astype(int)
+    ramp = (torch.arange(tile) + 0.5).clamp(max=overlap)
+    ramp = torch.minimum(ramp, ramp.flip(0))
+    total = torch.zeros(size)
+    for start in starts:
+        total[start : start + tile] += ramp
+    slices = [slice(int(start), int(start) + tile) for start in starts]
+    return [(part, ramp / total[part]) for part in slices]
+
+
+@torch.inference_mode()
+def restore_tile(model, part, dtype, strength):
+    """[h, w, C] of a stored dtype -> float32 [h, w, C] in [0, 1] on the CPU."""
+    device = next(model.parameters()).device
+    scale = 1 if part.dtype == np.float32 else np.iinfo(part.dtype).max
+    before = torch.from_numpy(part.astype(np.float32) / scale)
+    noisy = before.permute(2, 0, 1).expand(3, -1, -1).unsqueeze(0)  # grey as three colours
+    noisy = noisy.contiguous().to(device)
+    with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        image = model.eval()(noisy)[0][0].float().cpu().permute(1, 2, 0)
+    image = image if part.shape[2] == 3 else image.mean(2, keepdim=True)
+    return before.lerp(image, strength) if strength < 1 else image
+
+
+def as_stored(values, dtype):
+    """float32 values in [0, 1] as uint8, uint16 or float32."""
+    if dtype == np.float32:
+        return values
+    return (values * np.iinfo(dtype).max).round().astype(dtype)

@@ -1,0 +1,376 @@
+"""Layer 5, photographs of any size: training on crops, and denoising files of every kind."""
+
+import itertools
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import skimage.data
+import tifffile
+import torch
+from PIL import Image, ImageCms
+
+import compare_baselines
+import debug_evaluation
+import denoise_image
+import denoising_experiment_proper as experiment
+import visualize_proper_results
+from conftest import assert_refused, run_script, write_images
+from experiment.image_sources import load_images
+from experiment.noisy_images import noisy_splits
+from experiment.photo_files import read_photo
+from experiment.tiling import OVERLAP, denoise, windows
+from small_vit import MODELS, SmallViT, load_model
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A folder with a model that was trained on crops of a few parts of photographs."""
+    path = tmp_path_factory.mktemp("photographs")
+    for split, names in (("train", ("astronaut", "coffee", "rocket")), ("test", ("chelsea",))):
+        (path / "images" / split).mkdir(parents=True)
+        for name in names:
+            photo = getattr(skimage.data, name)()
+            for left in (100, 230):
+                part = Image.fromarray(photo[100:230, left : left + 110])
+                part.save(path / "images" / split / f"{name}{left}.png")
+    options = ("--recipe", "photographs", "--crop", 32, "--epochs", 2, "--output", "model.pt")
+    process = run_script(
+        "denoising_experiment_proper.py",
+        *("--dataset", "images", *options, "--batch-size", 8, "--noise-level", "25/255"),
+        cwd=path,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "5 training, 1 validation, 2 test images" in process.stdout
+    return path
+
+
+@pytest.fixture
+def clean_up(call, photographs):
+    """Runs denoise_image.py with that model, in an empty folder."""
+    return lambda *arguments: call(
+        denoise_image, "--checkpoint", photographs / "model.pt", *arguments
+    )
+
+
+def noisy_photo(height=100, width=130, sigma=25):
+    photo = skimage.data.chelsea()[:height, 100 : 100 + width]
+    noise = sigma * np.random.default_rng(0).standard_normal(photo.shape)
+    return np.clip(photo + noise, 0, 255).round().astype(np.uint8)
+
+
+# Training ------------------------------------------------------------------------------------
+
+
+def test_a_model_for_photographs_keeps_the_budget():
+    assert sum(p.numel() for p in SmallViT(MODELS["photographs"]).parameters()) <= 599_689
+
+
+def test_training_on_crops_tests_whole_photographs(photographs, call, tmp_path):
+    checkpoint = torch.load(photographs / "model.pt", weights_only=True)
+    recipe, test = checkpoint["recipe"], checkpoint["test"]
+    assert (recipe["crop"], recipe["unclipped"], recipe["train_images"]) == (32, True, 5)
+    assert test["images"] == 2 and test["psnr_mean"] > test["noisy_psnr_mean"]
+    for script in (debug_evaluation, compare_baselines):
+        process = call(script, "--checkpoint", photographs / "model.pt")
+        assert process.returncode == 0, process.stdout + process.stderr
+    assert "σ = 0.0980392" in process.stdout
+    noisy_row = next(row for row in process.stdout.splitlines() if "noisy input" in row)
+    assert float(noisy_row.split("|")[2].split("±")[0]) == pytest.approx(20.17, abs=0.02)
+
+
+def test_photographs_are_drawn_with_a_detail(photographs, call, monkeypatch):
+    figures = []
+    monkeypatch.setattr(visualize_proper_results, "write_figure", lambda f, _: figures.append(f))
+    monkeypatch.setattr(visualize_proper_results, "psnr_against_noise", lambda *_: [])
+    process = call(visualize_proper_results, "--checkpoint", photographs / "model.pt")
+    assert process.returncode == 0, process.stderr
+    titles = [axis.get_title() for axis in figures[0].axes[:6]]
+    assert titles == ["noisy", "denoised", "ground truth"] + [
+        f"{name}, detail" for name in ("noisy", "denoised", "ground truth")
+    ]
+    assert figures[0].axes[3].images[0].get_array().shape == (96, 96, 3)
+
+
+def test_crops_are_parts_of_the_photographs_in_all_eight_symmetries(tmp_path):
+    part = np.arange(48 * 40 * 3, dtype=np.uint16).reshape(48, 40, 3) % 251
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for name in ("a", "b"):
+            Image.fromarray(part.astype(np.uint8)).save(tmp_path / split / f"{name}.png")
+    source = load_images(tmp_path, crop=32)
+    train_set = noisy_splits(source, 0.1)[0]
+    image, found = source.train.images[0], set()
+    places = {
+        image[:, top : top + 32, left : left + 32].numpy().tobytes(): (top, left)
+        for top in range(48 - 31)
+        for left in range(40 - 31)
+    }
+    batches = train_set.shuffled_batches(16, 0, 1, flip=True, transpose=True, crop=32)
+    crops = torch.cat([clean for _, clean, _ in batches])
+    assert len(crops) == 64
+    for crop in (255 * crops).round().byte():
+        for turn in range(4):
+            for mirrored in (False, True):
+                back = crop.rot90(turn, (1, 2))
+                back = back.flip(2) if mirrored else back
+                place = places.get(back.contiguous().numpy().tobytes())
+                if place:
+                    found.add((turn, mirrored, place))
+    assert len({(turn, mirrored) for turn, mirrored, _ in found}) == 8
+    assert len({place for *_, place in found}) > 30
+
+
+def test_a_run_on_crops_goes_on_bit_for_bit(call, photographs, monkeypatch):
+    options = ("--dataset", photographs / "images", "--recipe", "photographs", "--crop", 16)
+    options += ("--epochs", 2, "--batch-size", 32, "--output")
+    assert call(experiment, *options, "whole.pt").returncode == 0
+    original, epochs = experiment.validation_mse, []
+
+    def interrupted(*validation):
+        epochs.append(len(epochs))
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return original(*validation)
+
+    monkeypatch.setattr(experiment, "validation_mse", interrupted)
+    assert call(experiment, *options, "m.pt").returncode == 130
+    assert call(experiment, *options, "m.pt", "--resume").returncode == 0
+    whole, resumed = (torch.load(name, weights_only=True) for name in ("whole.pt", "m.pt"))
+    assert whole["test"] == resumed["test"]
+    assert all(torch.equal(w, resumed["model"][name]) for name, w in whole["model"].items())
+
+
+def test_noise_is_unclipped_where_asked(photos):
+    for clipped in (True, False):
+        train_set, _, test_set = noisy_splits(photos, 0.2, clipped=clipped)
+        for batches in (train_set.shuffled_batches(256, 0, 1), test_set.batches(256)):
+            noisy, clean, _ = next(iter(batches))
+            assert (noisy.min() < 0) == (noisy.max() > 1) == (not clipped)
+            if not clipped:
+                assert (noisy - clean).std() == pytest.approx(0.2, abs=1e-3)
+
+
+def test_photographs_smaller_than_the_crop_are_named_and_skipped(call, tmp_path, capsys):
+    for split in ("train", "test"):
+        write_images(tmp_path / "images" / split, 2, size=(80, 70))
+        write_images(tmp_path / "images" / split / "small", 1, size=(80, 60))
+    source = load_images(tmp_path / "images", crop=64)
+    assert [len(split) for split in (source.train, source.val, source.test)] == [1, 1, 2]
+    assert "000.png (80×60 pixels, less than 64)" in capsys.readouterr().err
+    options = ("--dataset", "images", "--recipe", "photographs", "--crop", 128)
+    process = call(experiment, *options, "--output", "m.pt")
+    assert process.returncode == 2 and "at least 128×128" in process.stderr
+    process = call(experiment, "--recipe", "photographs", "--data-dir", tmp_path)
+    assert_refused(process, "--crop 64", "CIFAR-10", "32×32")
+
+
+# Tiles ---------------------------------------------------------------------------------------
+
+
+class Blur(torch.nn.Module):
+    """A denoiser that sees three pixels in each direction."""
+
+    def __init__(self, reach=3):
+        super().__init__()
+        self.reach, self.weight = reach, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, noisy):
+        padded = torch.nn.functional.pad(noisy, [self.reach] * 4, mode="replicate")
+        return torch.nn.functional.avg_pool2d(padded, 2 * self.reach + 1, 1), []
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 100, 1000])
+def test_tiles_cover_every_pixel_once(size):
+    parts = windows(size, 64, 16)
+    total = torch.zeros(size)
+    for part, weights in parts:
+        total[part] += weights
+    assert torch.allclose(total, torch.ones(size))
+    assert parts[0][0].start == 0 and parts[-1][0].stop == size
+    for (one, _), (other, _) in itertools.pairwise(parts):
+        assert one.stop - other.start >= 16
+
+
+@pytest.mark.parametrize("shape", [(200, 90, 3), (64, 300, 3), (150, 150, 1), (150, 70), (5, 1, 3)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_an_identity_leaves_every_image_as_it_is(shape, dtype):
+    image = np.random.default_rng(0).random(shape, dtype=np.float32)
+    if dtype != np.float32:
+        image = (image * np.iinfo(dtype).max).round().astype(dtype)
+    restored = denoise(Blur(0), image, tile=64, overlap=16)
+    assert restored.dtype == dtype and restored.shape == shape
+    assert np.allclose(restored, image, atol=1e-6 if dtype == np.float32 else 0)
+
+
+def test_tiles_make_no_seam():
+    image = noisy_photo(300, 340)
+    whole, tiled = (denoise(Blur(), image, tile=t, overlap=32) for t in (512, 96))
+    difference = np.abs(whole.astype(int) - tiled)
+    assert difference.max() <= 10  # weighted down where a tile sees less than its neighbour
+    assert (difference > 1).mean() < 0.01
+
+
+def test_a_model_in_tiles_is_as_good_as_whole(photographs):
+    clean = skimage.data.coffee()[:240, :200].astype(np.float32) / 255
+    noise = np.random.default_rng(0).standard_normal(clean.shape, dtype=np.float32)
+    model = load_model(photographs / "model.pt")
+    errors = [(denoise(model, clean + 0.1 * noise, tile=tile) - clean) ** 2 for tile in (512, 144)]
+    whole, tiled = (10 * np.log10(1 / error.mean()) for error in errors)
+    assert whole - tiled < 0.02
+    starts = [part.start for part, _ in windows(240, 144, OVERLAP)][1:]
+    border = np.concatenate([errors[1][start : start + OVERLAP] for start in starts])
+    border_whole = np.concatenate([errors[0][start : start + OVERLAP] for start in starts])
+    assert border.mean() < 1.02 * border_whole.mean()
+
+
+def test_strength_blends_with_the_input():
+    image = noisy_photo()
+    full = denoise(Blur(), image).astype(float)
+    assert (denoise(Blur(), image, strength=0.0) == image).all()
+    half = denoise(Blur(), image, strength=0.5)
+    assert np.abs(half - (full + image) / 2).max() <= 1
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), [[1.0]]])
+def test_arrays_that_are_no_images_are_refused(bad):
+    with pytest.raises(ValueError, match="expected"):
+        denoise(Blur(), bad)
+
+
+# Files ---------------------------------------------------------------------------------------
+
+
+def write_kinds(folder):
+    """One file of every kind that a photograph may have; {name: (mode, size)} of the result."""
+    folder.mkdir()
+    pixels = noisy_photo()
+    image, deep = Image.fromarray(pixels), pixels.astype(np.uint16) * 257 + 3
+    image.save(folder / "rgb.jpg", quality=95, icc_profile=SRGB)
+    for mode in ("L", "LA", "P"):
+        image.convert(mode).save(folder / f"{mode}.png")
+    image.convert("CMYK").save(folder / "cmyk.tif")
+    image.putalpha(Image.fromarray(pixels[:, :, 0]))
+    image.save(folder / "RGBA.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(folder / "turned.png", exif=turned)
+    Image.fromarray(pixels[:1, :1]).save(folder / "one.bmp")
+    Image.fromarray(pixels[:3]).save(folder / "flat.webp", lossless=True)
+    cv2.imwrite(str(folder / "deep.png"), deep[:, :, ::-1])
+    cv2.imwrite(str(folder / "deep_grey.png"), deep[:, :, 0])
+    tifffile.imwrite(folder / "deep_tif.tif", deep, photometric="rgb", iccprofile=SRGB)
+    whole = (130, 100)
+    return {
+        **{"rgb": ("RGB", whole), "L": ("L", whole), "LA": ("LA", whole), "P": ("RGB", whole)},
+        **{"cmyk": ("RGB", whole), "RGBA": ("RGBA", whole), "turned": ("RGB", (100, 130))},
+        **{"one": ("RGB", (1, 1)), "flat": ("RGB", (130, 3)), "deep": ("RGB", whole)},
+        **{"deep_grey": ("I;16", whole), "deep_tif": ("RGB", whole)},
+    }
+
+
+def test_every_kind_of_file_keeps_what_it_was(clean_up, tmp_path):
+    kinds = write_kinds(tmp_path / "in")
+    process = clean_up("in", "--output", "out")
+    assert process.returncode == 0, process.stderr
+    assert len(process.stdout.splitlines()) == len(kinds)
+    for name, (mode, size) in kinds.items():
+        path = tmp_path / "out" / f"{name}_denoised.png"
+        with Image.open(path) as image:
+            found = "I;16" if image.mode == "I" else image.mode  # as Pillow's release has it
+            assert (found, image.size) == (mode, size), name
+            assert not image.getexif() and not image.info.get("exif")
+            kept = image.info.get("icc_profile")
+            assert kept == (SRGB if name in ("rgb", "deep_tif") else None), name
+        depth = struct.unpack(">B", path.read_bytes()[24:25])[0]
+        assert depth == (16 if name.startswith("deep") else 8)
+        (source,) = (tmp_path / "in").glob(f"{name}.*")
+        before, after = read_photo(source), read_photo(path)
+        if before.alpha is not None:
+            assert (before.alpha == after.alpha).all()
+        if size == (130, 100):
+            most = np.iinfo(before.pixels.dtype).max
+            difference = np.abs(before.pixels / most - after.pixels / most).mean()
+            assert 0.005 < difference < 0.15, name  # changed, but the same picture
+
+
+def test_the_noise_becomes_less(clean_up, tmp_path):
+    Image.fromarray(noisy_photo()).save("in.png")
+    process = clean_up("in.png", "--compare")
+    assert process.returncode == 0, process.stderr
+    assert "in.png  130×100  noise 0.09" in process.stdout
+    clean = skimage.data.chelsea()[:100, 100:230]
+    before, after = (np.asarray(Image.open(f"in{s}.png")) for s in ("", "_denoised"))
+    errors = [((image / 255 - clean / 255) ** 2).mean() for image in (before, after)]
+    assert errors[1] < errors[0] / 2
+    with Image.open("in_denoised_compare.png") as picture:
+        assert picture.width > 3 * 130
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_the_output_names_the_format(clean_up, suffix):
+    Image.fromarray(noisy_photo()).save("in.png", icc_profile=SRGB)
+    assert clean_up("in.png", "--output", f"out.{suffix}").returncode == 0
+    with Image.open(f"out.{suffix}") as image:
+        assert image.size == (130, 100) and image.info["icc_profile"] == SRGB
+
+
+def test_nothing_is_overwritten(clean_up, tmp_path):
+    for name in ("a.png", "a.jpg", "b.png"):
+        Image.fromarray(noisy_photo()).save(name)
+    before = Path("b.png").read_bytes()
+    assert clean_up("*.png", "a.jpg").returncode == 0
+    names = {path.name for path in tmp_path.glob("*_denoised.png")}
+    assert names == {"a_png_denoised.png", "a_jpg_denoised.png", "b_denoised.png"}
+    assert_refused(clean_up("b.png"), "b_denoised.png is there already", "--overwrite")
+    assert_refused(clean_up("b.png", "--output", "b.png"), "b.png is there already")
+    assert Path("b.png").read_bytes() == before
+    assert clean_up("b.png", "--output", "b.png", "--overwrite").returncode == 0
+    assert Path("b.png").read_bytes() != before
+    assert clean_up(".", "--overwrite").returncode == 0  # results are no input
+    assert len(list(tmp_path.glob("*_denoised*"))) == len(names)
+
+
+def test_a_file_that_fails_does_not_stop_the_others(clean_up, tmp_path):
+    Image.fromarray(noisy_photo()).save("good.png")
+    Path("cut.png").write_bytes(Path("good.png").read_bytes()[:3000])
+    Path("text.jpg").write_text("no image")
+    process = clean_up("cut.png", "good.png", "text.jpg")
+    assert process.returncode == 1
+    assert "failed: cut.png" in process.stderr and "text.jpg: no image of" in process.stderr
+    assert {p.name for p in tmp_path.glob("*_denoised*")} == {"good_denoised.png"}
+    assert_refused(clean_up("cut.png"), "cut.png", "truncated")
+
+
+def test_bad_input_is_one_sentence(clean_up, call, trained, tmp_path, monkeypatch):
+    Image.fromarray(noisy_photo()).save("in.png")
+    Image.fromarray(noisy_photo()).save("other.png")
+    bomb = bytearray(Path("in.png").read_bytes())
+    bomb[16:24] = struct.pack(">II", 60_000, 60_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    Path("bomb.png").write_bytes(bomb)
+    assert_refused(clean_up("nothing*.png"), "nothing*.png", "no image")
+    assert_refused(clean_up("bomb.png"), "bomb.png", "3600000000 pixels")
+    assert_refused(clean_up("in.png", "--tile", OVERLAP), "--tile", f"at least {OVERLAP + 1}")
+    assert_refused(clean_up("in.png", "--strength", 2), "--strength", "at most 1")
+    assert_refused(clean_up("in.png", "--output", "no/out.png"), "no", "create it")
+    assert_refused(clean_up("in.png", "other.png", "--output", "in.png"), "name a folder")
+    assert_refused(clean_up("in.png", "--output", "out.xyz"), "out.xyz", ".png")
+    arguments = ("--checkpoint", trained.path / "model.pt", "in.png")
+    assert_refused(call(denoise_image, *arguments), "thumbnails", "--recipe photographs")
+    assert_refused(call(denoise_image, "--checkpoint", "in.png", "in.png"), "in.png is damaged")
+    assert not list(tmp_path.glob("*_denoised*"))
+
+
+def test_memory_does_not_grow_with_the_image(photographs, monkeypatch):
+    seen = []
+    model = load_model(photographs / "model.pt")
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x: seen.append(x.shape) or forward(x))
+    denoise(model, np.zeros((700, 100, 3), np.uint8), tile=128)
+    assert max(shape[2] for shape in seen) == 128 and len(seen) == 7
