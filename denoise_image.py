@@ -19,20 +19,18 @@ from pathlib import Path
 import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image
-from skimage.restoration import estimate_sigma
 from tqdm import tqdm
 
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import make_parser, number, select_device
 from experiment.photo_files import FORMATS, read_photo, write_photo
 from experiment.run_files import place_of, write_figure
-from experiment.tiling import OVERLAP, TILE, denoise
+from experiment.tiling import OVERLAP, TILE, denoise, estimate_noise, middle
 from experiment.user_errors import UserError, printable, run_main
 from small_vit import build_model
 
 CHECKPOINT = Path(__file__).with_name("models") / "photographs.pt"
 SUFFIX = "_denoised"
-SHOWN = 1024  # side of the largest part that is shown or whose noise is estimated, pixels
 
 
 def find_images(names):
@@ -83,20 +81,6 @@ def choose_outputs(paths, output, overwrite):
     return chosen
 
 
-def middle(array):
-    """The middle of [h, w, C], at most SHOWN × SHOWN pixels."""
-    top, left = (max(0, (size - SHOWN) // 2) for size in array.shape[:2])
-    return array[top : top + SHOWN, left : left + SHOWN]
-
-
-def noise_of(array):
-    """σ of the noise, estimated from wavelets (scikit-image), in [0, 1]; NaN for tiny images."""
-    part = middle(array) / np.float32(np.iinfo(array.dtype).max)
-    if min(part.shape[:2]) < 16:
-        return float("nan")
-    return float(estimate_sigma(part, channel_axis=2, average_sigmas=True))
-
-
 def draw_comparison(before, after, name):
     """Figure: before | after | what was removed, four times as strong; the middle of the image."""
     before, after = (middle(a) / np.float32(np.iinfo(a.dtype).max) for a in (before, after))
@@ -124,7 +108,7 @@ def denoise_file(path, output, model, args):
         figure = draw_comparison(photo.pixels, pixels, path.name)
         write_figure(figure, output.with_name(f"{output.stem}_compare.png"), dpi=100)
     height, width = pixels.shape[:2]
-    noise = f"noise {noise_of(photo.pixels):.4f} → {noise_of(pixels):.4f}"
+    noise = f"noise {estimate_noise(photo.pixels):.4f} → {estimate_noise(pixels):.4f}"
     tqdm.write(printable(f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"))
 
 

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import torch
+from skimage.restoration import estimate_sigma
 from tqdm import tqdm
 
 TILE, OVERLAP = 512, 32  # pixels
+PROBE = 1024  # side of the largest part whose noise is estimated, pixels
 
 
 def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=1.0):
@@ -39,13 +41,14 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
     if not 0 < overlap < tile:
         raise ValueError(f"overlap must be in 1 … tile - 1, got tile={tile}, overlap={overlap}")
     pixels = image.reshape(*image.shape[:2], -1)
+    sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
     rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
     restored, unfinished = np.empty_like(pixels), 0
     bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None)
     for number, (rows_of, fade) in enumerate(rows):
         band = torch.zeros(rows_of.stop - rows_of.start, *pixels.shape[1:])  # [rows, w, C]
         for columns_of, fade_across in columns:
-            part = restore_tile(model, pixels[rows_of, columns_of], dtype, strength)
+            part = restore_tile(model, pixels[rows_of, columns_of], dtype, strength, sigma)
             band[:, columns_of] += fade_across[:, None] * part
             bar.update()
         band *= fade[:, None, None]
@@ -73,17 +76,41 @@ def windows(size, tile, overlap):
 
 
 @torch.inference_mode()
-def restore_tile(model, part, dtype, strength):
-    """[h, w, C] of a stored dtype -> float32 [h, w, C] in [0, 1] on the CPU."""
+def restore_tile(model, part, dtype, strength, sigma):
+    """[h, w, C] of a stored dtype -> float32 [h, w, C] in [0, 1] on the CPU.
+
+    The noise of a grey image would be the same in all three colours, which the model has never
+    seen and takes for structure. Noise that sums to zero over the colours makes it independent,
+    with √3 σ for each, and drops out of their mean.
+    """
     device = next(model.parameters()).device
     scale = 1 if part.dtype == np.float32 else np.iinfo(part.dtype).max
     before = torch.from_numpy(part.astype(np.float32) / scale)
     noisy = before.permute(2, 0, 1).expand(3, -1, -1).unsqueeze(0)  # grey as three colours
+    if sigma:
+        colours = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(0))
+        noisy = noisy + 3**0.5 * sigma * (colours - colours.mean(1, keepdim=True))
     noisy = noisy.contiguous().to(device)
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         image = model.eval()(noisy)[0][0].float().cpu().permute(1, 2, 0)
     image = image if part.shape[2] == 3 else image.mean(2, keepdim=True)
     return before.lerp(image, strength) if strength < 1 else image
+
+
+def middle(image):
+    """The middle of [h, w, C], at most PROBE × PROBE pixels."""
+    top, left = (max(0, (size - PROBE) // 2) for size in image.shape[:2])
+    return image[top : top + PROBE, left : left + PROBE]
+
+
+def estimate_noise(image):
+    """σ of the noise in the middle of [h, w, C], from wavelets, in [0, 1]; 0 for tiny images."""
+    part = middle(image)
+    if min(part.shape[:2]) < 16:
+        return 0.0
+    scale = 1 if part.dtype == np.float32 else np.iinfo(part.dtype).max
+    part = part / np.float32(scale)
+    return float(estimate_sigma(part, channel_axis=2, average_sigmas=True))
 
 
 def as_stored(values, dtype):

@@ -312,6 +312,15 @@ def test_the_noise_becomes_less(clean_up, tmp_path):
         assert picture.width > 3 * 130
 
 
+def test_grey_photographs_are_denoised_too():
+    clean = skimage.data.coffee()[100:260, 100:260].mean(2)
+    noisy = clean + 25 * np.random.default_rng(0).standard_normal(clean.shape)
+    noisy = np.clip(noisy, 0, 255).round().astype(np.uint8)
+    restored = denoise(load_model(denoise_image.CHECKPOINT), noisy)
+    before, after = (((image - clean) ** 2).mean() for image in (noisy, restored))
+    assert 10 * np.log10(before / after) > 5
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
 def test_the_output_names_the_format(clean_up, suffix):
     Image.fromarray(noisy_photo()).save("in.png", icc_profile=SRGB)
