@@ -194,9 +194,9 @@ class SmallViT(nn.Module):
         else:
             x, features = self.patch_embed(noisy), []  # [B, D, h / patch, w / patch]
         tokens = x.flatten(2).transpose(1, 2)
-        return tokens + self.positions_of(
-            x.shape[2:]
-        ) if self.config.positions else tokens, features
+        if self.config.positions:
+            tokens = tokens + self.positions_of(x.shape[2:])
+        return tokens, features
 
     def positions_of(self, grid):
         """The position embedding of a grid of (rows, columns) patches, [1, rows · columns, D]."""

@@ -119,21 +119,15 @@ def load(path):
     """torch.load, after what torch leaves unchecked: checksums, and sizes beyond the file's.
 
     Returns:
-        dict of plain values but for "model", "optimizer" and, within "best", "model".
+        What the file holds; a dict as `trusted` leaves it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
             damaged = not stored or archive.testzip()
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        if not damaged and not isinstance(content, dict):
-            return content
-        parts = [content, content.get("best", {})]
-        tensors = ("model", "optimizer", "best")
-        if plain([{k: v for k, v in part.items() if k not in tensors} for part in parts]):
-            for part in parts:  # without attributes, which torch would believe
-                part |= {"model": dict(part["model"])} if "model" in part else {}
-            return content
+        if not damaged:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            return trusted(content) if isinstance(content, dict) else content
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # the unpickler has its own for every kind of damage
@@ -142,6 +136,22 @@ def load(path):
         f"{path} is damaged, of another kind, or holds more than tensors and plain values, which "
         f"could run code; {ADVICE}"
     )
+
+
+def trusted(checkpoint):
+    """The checkpoint or state itself, in which all but weights and optimizer can be compared.
+
+    Raises:
+        Exception: of any kind: there is more in it.
+    """
+    parts = ("model", "optimizer", "best")
+    if not plain({name: value for name, value in checkpoint.items() if name not in parts}):
+        raise ValueError("neither a weight nor a plain value")
+    if "model" in checkpoint:  # without attributes, which torch would believe
+        checkpoint["model"] = dict(checkpoint["model"])
+    if "best" in checkpoint:
+        trusted(checkpoint["best"])
+    return checkpoint
 
 
 def write_checkpoint(checkpoint, path):

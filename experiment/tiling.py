@@ -43,7 +43,7 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
     pixels = image.reshape(*image.shape[:2], -1)
     sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
     rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
-    restored, unfinished = np.empty_like(pixels), 0
+    restored, unfinished = np.empty_like(pixels), torch.zeros(0, *pixels.shape[1:])
     bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None)
     for number, (rows_of, fade) in enumerate(rows):
         band = torch.zeros(rows_of.stop - rows_of.start, *pixels.shape[1:])  # [rows, w, C]
@@ -52,8 +52,7 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
             band[:, columns_of] += fade_across[:, None] * part
             bar.update()
         band *= fade[:, None, None]
-        if number:
-            band[: len(unfinished)] += unfinished
+        band[: len(unfinished)] += unfinished
         end = rows[number + 1][0].start if number + 1 < len(rows) else len(pixels)
         done, unfinished = band.split([end - rows_of.start, rows_of.stop - end])
         restored[rows_of.start : end] = as_stored(done.numpy(), image.dtype)

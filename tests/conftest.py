@@ -1,5 +1,7 @@
 """What the six layers share: small data, and a way to run the scripts."""
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import denoising_experiment_proper as experiment
 from adaptive_attention_moe import AdaptiveAttentionMoE
 from experiment.image_sources import load_images
 from experiment.user_errors import run_main
@@ -135,6 +138,21 @@ def assert_refused(process, *words):
     assert process.stderr.startswith("error: ")
     for word in words:
         assert str(word) in process.stderr
+
+
+@contextlib.contextmanager
+def interrupted_in_epoch(number):
+    """Within the block, Ctrl-C ends a training while it validates that epoch."""
+    original, epochs = experiment.validation_mse, itertools.count(1)
+
+    def interrupted(*validation):
+        if next(epochs) == number:
+            raise KeyboardInterrupt
+        return original(*validation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "validation_mse", interrupted)
+        yield
 
 
 @pytest.fixture(scope="session")

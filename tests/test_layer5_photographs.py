@@ -18,7 +18,7 @@ import debug_evaluation
 import denoise_image
 import denoising_experiment_proper as experiment
 import visualize_proper_results
-from conftest import assert_refused, run_script, write_images
+from conftest import assert_refused, interrupted_in_epoch, run_script, write_images
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
 from experiment.photo_files import read_photo
@@ -126,20 +126,12 @@ def test_crops_are_parts_of_the_photographs_in_all_eight_symmetries(tmp_path):
     assert len({place for *_, place in found}) > 30
 
 
-def test_a_run_on_crops_goes_on_bit_for_bit(call, photographs, monkeypatch):
+def test_a_run_on_crops_goes_on_bit_for_bit(call, photographs):
     options = ("--dataset", photographs / "images", "--recipe", "photographs", "--crop", 16)
     options += ("--epochs", 2, "--batch-size", 32, "--output")
     assert call(experiment, *options, "whole.pt").returncode == 0
-    original, epochs = experiment.validation_mse, []
-
-    def interrupted(*validation):
-        epochs.append(len(epochs))
-        if len(epochs) == 2:
-            raise KeyboardInterrupt
-        return original(*validation)
-
-    monkeypatch.setattr(experiment, "validation_mse", interrupted)
-    assert call(experiment, *options, "m.pt").returncode == 130
+    with interrupted_in_epoch(2):
+        assert call(experiment, *options, "m.pt").returncode == 130
     assert call(experiment, *options, "m.pt", "--resume").returncode == 0
     whole, resumed = (torch.load(name, weights_only=True) for name in ("whole.pt", "m.pt"))
     assert whole["test"] == resumed["test"]

@@ -35,7 +35,7 @@ import debug_test_data
 import denoising_experiment_proper as experiment
 import visualize_proper_results
 import visualize_training_data
-from conftest import ROOT, assert_refused, write_images
+from conftest import ROOT, assert_refused, interrupted_in_epoch, write_images
 from experiment.checkpoints import read_checkpoint, write_checkpoint
 from experiment.evaluation import (
     draw_history,
@@ -1192,20 +1192,10 @@ def test_a_lock_dies_with_its_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_resuming_overwrites_no_file_of_another_run(call, folder, monkeypatch):
+def test_resuming_overwrites_no_file_of_another_run(call, folder):
     arguments = ("--dataset", folder, "--epochs", 2, "--output", "m.pt")
-    original = experiment.validation_mse
-    epochs = []
-
-    def interrupted(*validation):
-        epochs.append(len(epochs))
-        if len(epochs) == 2:
-            raise KeyboardInterrupt
-        return original(*validation)
-
-    monkeypatch.setattr(experiment, "validation_mse", interrupted)
-    assert call(experiment, *arguments).returncode == 130
-    monkeypatch.setattr(experiment, "validation_mse", original)
+    with interrupted_in_epoch(2):
+        assert call(experiment, *arguments).returncode == 130
     Path("m_history.csv").write_text("precious")
     process = call(experiment, *arguments, "--resume")
     assert process.returncode == 0, process.stderr
