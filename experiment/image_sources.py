@@ -9,6 +9,7 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from skimage.transform import downscale_local_mean
 from tqdm import tqdm
 
+from experiment.image_cache import remembered
 from experiment.photo_files import read_rgb
 from experiment.user_errors import UserError, printable
 
@@ -79,7 +81,8 @@ def load_images(dataset, data_dir="./data", seed=42, crop=None, test_only=False)
 
     Args:
         dataset: "cifar10", "photos", or the path of a folder with train/ and test/.
-        data_dir: where CIFAR-10 is or gets downloaded to.
+        data_dir: where CIFAR-10 is or gets downloaded to, and where the thumbnails of a large
+            folder are kept.
         seed: of the random train/validation split (photos are split by photograph instead).
         crop: side of the crops that training draws; photographs, also those of a folder, then stay
             whole. None makes thumbnails of them.
@@ -96,7 +99,7 @@ def load_images(dataset, data_dir="./data", seed=42, crop=None, test_only=False)
     if dataset == "photos":
         return _load_photos(crop)
     if dataset != "cifar10":
-        return _load_folder(Path(dataset), seed, crop, test_only)
+        return _load_folder(Path(dataset), data_dir, seed, crop, test_only)
     if crop and crop > SIZE:
         raise UserError(f"--crop {crop}: the images of CIFAR-10 have {SIZE}×{SIZE} pixels")
     return _load_cifar10(data_dir, seed)
@@ -164,8 +167,8 @@ def _split(images, labels, lossless, crop):
     if crop:
         images = [torch.tensor(image).permute(2, 0, 1).contiguous() for image in images]
     else:
-        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(labels), torch.tensor(lossless))
+        images = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.tensor(labels), torch.as_tensor(lossless))
 
 
 def list_images(folder):
@@ -188,7 +191,7 @@ def list_images(folder):
     return sorted(found)
 
 
-def _load_folder(folder, seed, crop, test_only):
+def _load_folder(folder, data_dir, seed, crop, test_only):
     if not os.path.isdir(folder):
         raise UserError(
             f"--dataset {folder}: no such folder; name one with train/ and test/ image files, "
@@ -212,17 +215,39 @@ def _load_folder(folder, seed, crop, test_only):
     train = val = None
     if not test_only:
         share = WHOLE_VALIDATION_SHARE if crop else VALIDATION_SHARE
-        both = _read_split(parts["train"], paths["train"], class_of, classes, crop, 2)
+        both = _read_split(parts["train"], paths["train"], class_of, classes, crop, 2, data_dir)
         train, val = _divide(*both, seed, share)
-    test, _ = _read_split(parts["test"], paths["test"], class_of, classes, crop, 1)
+    test, _ = _read_split(parts["test"], paths["test"], class_of, classes, crop, 1, data_dir)
     name = printable(f"folder {folder.resolve().name}")
     return ImageSource(name, str(folder.resolve()), train, val, test, classes)
 
 
-def _read_split(folder, paths, class_of, classes, crop, fewest):
+def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     """(Split, int64 [n], the file that each image is from) of image files, of `fewest` at least."""
-    images, labels, lossless, files, skipped, least = [], [], [], [], [], crop or SIZE
-    for path in tqdm(paths, f"reading {folder.name}", unit="file", leave=False, disable=None):
+    decode = partial(_decode, folder, paths, crop)
+    found = decode() if crop else remembered(paths, data_dir, decode)
+    if len(found["skipped"]):
+        named = "; ".join(found["skipped"][:5]) + ("; …" if len(found["skipped"]) > 5 else "")
+        where = f"{len(found['skipped'])} of {len(paths)} files in {folder}"
+        print(printable(f"warning: skipped {where}: {named}"), file=sys.stderr)
+    files, group = np.unique(found["files"], return_inverse=True)
+    if len(files) < fewest:
+        raise UserError(
+            f"{folder} holds {len(files)} readable image files of at least "
+            f"{crop or SIZE}×{crop or SIZE} pixels; training takes 2 or more and testing 1"
+        )
+    labels = [classes.index(class_of[paths[file]]) for file in found["files"]]
+    return _split(found["images"], labels, found["lossless"], crop), torch.from_numpy(group)
+
+
+def _decode(folder, paths, crop):
+    """What image files hold: "images", whole where there is a crop, otherwise [n, 32, 32, 3]; for
+    each the index of its file, "files", and whether that is "lossless"; which were "skipped".
+    """
+    images, lossless, files, skipped, least = [], [], [], [], crop or SIZE
+    for index, path in enumerate(
+        tqdm(paths, f"reading {folder.name}", unit="file", leave=False, disable=None)
+    ):
         try:
             image, kept_all = read_rgb(path)
             if min(image.shape[:2]) < least:
@@ -232,17 +257,14 @@ def _read_split(folder, paths, class_of, classes, crop, fewest):
             continue
         parts = [image] if crop else _crops(image, SIZE, CROPS_PER_FILE)
         images.extend(parts)
-        labels += [classes.index(class_of[path])] * len(parts)
         lossless += [kept_all] * len(parts)
-        files += [files[-1] + 1 if files else 0] * len(parts)
-    if skipped:
-        named = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
-        where = f"{len(skipped)} of {len(paths)} files in {folder}"
-        print(printable(f"warning: skipped {where}: {named}"), file=sys.stderr)
-    count = len(set(files))
-    if count < fewest:
-        raise UserError(
-            f"{folder} holds {count} readable image files of at least {least}×{least} pixels; "
-            "training takes 2 or more and testing 1"
-        )
-    return _split(images, labels, lossless, crop), torch.tensor(files)
+        files += [index] * len(parts)
+    if not crop:
+        images = np.stack(images) if images else np.empty((0, SIZE, SIZE, 3), np.uint8)
+    files, lossless = np.array(files, np.int64), np.array(lossless, bool)
+    return {
+        "images": images,
+        "files": files,
+        "lossless": lossless,
+        "skipped": np.array(skipped, str),
+    }
