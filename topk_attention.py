@@ -3,10 +3,19 @@
 `topk_attention` is the door. What follows it are the ways to compute its one result.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+try:
+    import topk_kernel
+except ImportError:  # this file works without it
+    topk_kernel = None
+
+# TOPK_KERNEL=0 in the environment switches the kernel for GPUs off.
+USE_KERNEL = os.environ.get("TOPK_KERNEL") != "0"
 # Scores held at a time, 64 MiB in float32: longer sequences are processed in blocks of queries.
 MAX_SCORES = 2**24
 # Among such sequences, with this many times more keys than are kept, reading the kept ones alone
@@ -22,9 +31,10 @@ def topk_attention(query, key, value, k_attend):
     softmax over {j : s_ij among the k_attend largest of row i}, with s = query keyᵀ / √d_head
     ("Explicit Sparse Transformer", Zhao et al. 2019). The selection is exact.
     Keys that tie with the k-th largest score are all kept, so that the result never depends on
-    the order of the keys. One result, computed in one of four ways:
+    the order of the keys. One result, computed in one of five ways:
 
     - k_attend >= N_k is dense attention;
+    - on a GPU with Triton, short sequences are one kernel, see `topk_kernel.py`;
     - scores below each row's k-th largest are masked, and plain matrix products do the rest: at
       moderate lengths this is faster than gathering the selected values;
     - where all scores would be more than MAX_SCORES, that is done in blocks of queries, which are
@@ -50,6 +60,8 @@ def topk_attention(query, key, value, k_attend):
         raise ValueError(f"k_attend must be at least 1, got {k_attend}")
     if k_attend >= key.shape[-2]:
         return F.scaled_dot_product_attention(query, key, value)
+    if use_kernel(query, key, value):
+        return topk_kernel.topk_attention_short(query, key, value, k_attend)
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     query = query * query.shape[-1] ** -0.5
     block = max(1, MAX_SCORES // max(1, query.shape[:-2].numel() * num_keys))
@@ -69,6 +81,12 @@ def topk_attention(query, key, value, k_attend):
         for part in query.split(block, dim=-2)
     ]
     return torch.cat(blocks, dim=-2)
+
+
+def use_kernel(query, key, value):
+    """Whether the kernel can do it; torch.compile makes one of its own."""
+    usable = USE_KERNEL and topk_kernel and query.is_cuda and not torch.compiler.is_compiling()
+    return usable and topk_kernel.fits(query, key, value)
 
 
 def attend_by_masking(query, key, value, k_attend):

@@ -1,0 +1,92 @@
+"""Layer 3, the Triton kernel: that it computes what topk_attention does.
+
+On a CPU it is interpreted, see interpreter.py.
+"""
+
+import pytest
+import torch
+
+import topk_attention as door
+from topk_attention import topk_attention
+from topk_kernel import MOST_KEYS, fits, topk_attention_short
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def heads_of_one_projection(batch, heads, tokens, d_head, dtype=torch.float32):
+    """Query, key and value as views of one tensor, as SparseAttentionExpert makes them."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(batch, tokens, 3, heads, d_head, generator=generator).to(DEVICE, dtype)
+    return [t.transpose(1, 2).requires_grad_() for t in qkv.unbind(2)]
+
+
+def errors(query, key, value, k_attend):
+    """Largest deviations from float64: of the result and of the three gradients."""
+    assert fits(query, key, value)
+    exact = [t.detach().double().requires_grad_() for t in (query, key, value)]
+    result = topk_attention_short(query, key, value, k_attend)
+    expected = topk_attention(*exact, k_attend)
+    direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    result.backward(direction.to(result.dtype))
+    expected.backward(direction.double())
+    pairs = [(result, expected)]
+    pairs += [(t.grad, e.grad) for t, e in zip((query, key, value), exact, strict=True)]
+    return [(t.double() - e).abs().max().item() for t, e in pairs]
+
+
+@pytest.mark.parametrize("k_attend", [1, 7, 32, 63, 64, 100])
+@pytest.mark.parametrize("d_head", [32, 64])
+def test_kernel_is_exact_forward_and_backward(k_attend, d_head):
+    tensors = heads_of_one_projection(2, 2, 64, d_head)
+    assert max(errors(*tensors, k_attend)) < 5e-6
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (3, 5), (50, 37), (100, 60)])
+def test_kernel_takes_odd_numbers_of_queries_and_keys(queries, keys):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (queries, keys, keys)
+    tensors = [torch.randn(1, 2, n, 16, generator=generator).to(DEVICE) for n in sizes]
+    tensors = [t.requires_grad_() for t in tensors]
+    assert max(errors(*tensors, max(1, keys // 3))) < 5e-6
+
+
+def test_kernel_keeps_all_keys_that_tie_with_the_last():
+    query, key, value = heads_of_one_projection(1, 2, 64, 32)
+    with torch.no_grad():
+        key[:, :, 1::2] = key[:, :, ::2]  # every score twice: the 7th ties with the 8th
+    assert max(errors(query, key, value, 7)) < 5e-6
+
+
+def test_kernel_holds_minus_zero_and_zero_for_a_tie():
+    query, value = torch.zeros(1, 1, 1, 16), torch.arange(16.0).view(1, 1, 1, 16)
+    value = torch.cat([value, value + 1], 2)
+    key = torch.tensor([0.0, -1.0]).view(1, 1, 2, 1).expand(1, 1, 2, 16).contiguous()
+    query[..., 0] = -0.0
+    result = topk_attention_short(*(t.to(DEVICE) for t in (query, key, value)), 1)
+    assert torch.equal(result.cpu(), value.mean(2, keepdim=True))
+
+
+def test_kernel_rounds_to_bfloat16():
+    tensors = heads_of_one_projection(1, 2, 64, 32, torch.bfloat16)
+    assert topk_attention_short(*tensors, 32).dtype == torch.bfloat16
+    assert max(errors(*tensors, 32)) < 0.1
+
+
+def test_kernel_leaves_to_others_what_it_cannot_do():
+    def tensors(keys=8, d_head=16, dtype=torch.float32):
+        return [torch.zeros(1, 1, n, d_head, dtype=dtype) for n in (8, keys, keys)]
+
+    assert fits(*tensors())
+    assert not fits(*tensors(keys=MOST_KEYS + 1))
+    assert not fits(*tensors(d_head=24))
+    assert not fits(*tensors(dtype=torch.float64))
+    assert not fits(*(t[0] for t in tensors()))
+    assert not fits(*tensors()[:2], torch.zeros(1, 1, 8, 32))
+
+
+def test_attention_works_without_the_kernel(monkeypatch):
+    tensors = [t.detach() for t in heads_of_one_projection(1, 2, 64, 32)]
+    expected = topk_attention(*tensors, 8)
+    monkeypatch.setattr(door, "topk_kernel", None)
+    assert torch.allclose(topk_attention(*tensors, 8), expected, atol=1e-6)
