@@ -94,7 +94,7 @@ class ConvEncoder(nn.Module):
         )
 
     def forward(self, image):
-        x, features = self.stem(channels_last_on_cpu(image)), []  # [B, channels[0], h, w]
+        x, features = self.stem(in_fastest_layout(image)), []  # [B, channels[0], h, w]
         for stage, down in zip(self.stages, self.downs, strict=True):
             features.append(stage(x))  # [B, channels[l], h / 2^l, w / 2^l]
             x = down(features[-1])
@@ -119,8 +119,12 @@ class ConvDecoder(nn.Module):
         return self.head(x)  # [B, 3, h, w]
 
 
-def channels_last_on_cpu(image):
-    """The image in the layout in which a CPU's convolutions are faster and tokens need no copy."""
-    if image.device.type == "cpu":
+def in_fastest_layout(image):
+    """The image in the layout in which convolutions are faster and tokens need no copy.
+
+    On a GPU that is channels-last for bfloat16, but not for float32.
+    """
+    kind = image.device.type
+    if kind == "cpu" or (kind == "cuda" and torch.is_autocast_enabled("cuda")):
         return image.contiguous(memory_format=torch.channels_last)
     return image

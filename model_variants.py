@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptive_attention_moe import AdaptiveAttentionMoE
-from conv_stages import channels_last_on_cpu
-from small_vit import MODELS, SmallViT, zero_
+from conv_stages import in_fastest_layout
+from small_vit import MODELS, SmallViT, reflected, zero_
+
+ALL_KEYS = 2**30  # of a budget that no image reaches
 
 # Routers -------------------------------------------------------------------------------------
 
@@ -82,7 +84,7 @@ class DnCNN(nn.Module):
 
     def forward(self, noisy):
         """As SmallViT's, without any routing."""
-        noisy = channels_last_on_cpu(noisy)
+        noisy = in_fastest_layout(noisy)
         image = noisy - self.noise(noisy)
         return image if self.training else image.clamp(0, 1), []
 
@@ -103,7 +105,7 @@ class UNet(nn.Module):
 
     def forward(self, noisy):
         """As SmallViT's, without any routing."""
-        noisy = channels_last_on_cpu(noisy)
+        noisy = in_fastest_layout(noisy)
         fine = self.down1(noisy)  # [B, C, h, w]
         coarse = self.down2(F.max_pool2d(fine, 2))  # [B, 2C, h / 2, w / 2]
         x = self.up2(self.middle(F.max_pool2d(coarse, 2)))  # [B, 2C, h / 2, w / 2]
@@ -119,6 +121,26 @@ def two_convs(in_channels, out_channels):
         nn.Conv2d(out_channels, out_channels, 3, padding=1),
         nn.ReLU(),
     )
+
+
+# Tiles ---------------------------------------------------------------------------------------
+
+
+class InTiles(nn.Module):
+    """A denoiser that sees an image as separate tiles, continued by reflection to whole ones."""
+
+    def __init__(self, model, tile):
+        super().__init__()
+        self.model, self.tile = model, tile
+
+    def forward(self, noisy):
+        """As the model's; the routings are of the tiles.  [1, 3, h, w] -> [1, 3, h, w]."""
+        tile, (height, width) = self.tile, noisy.shape[2:]
+        whole = reflected(noisy, -height % tile, -width % tile)
+        tiles = whole[0].unfold(1, tile, tile).unfold(2, tile, tile)  # [3, rows, columns, t, t]
+        images, routings = self.model(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1))
+        rows = images.unflatten(0, tiles.shape[1:3]).permute(2, 0, 3, 1, 4)
+        return rows.flatten(3).flatten(1, 2)[None, :, :height, :width], routings
 
 
 # The variants --------------------------------------------------------------------------------
@@ -143,6 +165,10 @@ VARIANTS = {
     "k = 64, 64, 64": vit(k_attend=(64, 64, 64)),
     "refined": vit("refined"),
     "refined, dense, one expert": vit("refined", k_attend=(64,)),
+    "quick": vit("quick"),
+    "photographs": vit("photographs"),
+    "photographs, k = 64": vit("photographs", k_attend=(64,)),
+    "photographs, dense": vit("photographs", k_attend=(ALL_KEYS,)),
     "U-Net": UNet,
     "DnCNN": DnCNN,
 }
