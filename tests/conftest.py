@@ -1,11 +1,19 @@
 """What the six layers share: small data, and a way to run the scripts."""
 
+import interpreter  # noqa: F401  isort: skip
+
 import contextlib
+import copy
+import csv
+import io
 import itertools
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,12 +24,15 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import denoising_experiment_proper as experiment
+import visualize_proper_results
 from adaptive_attention_moe import AdaptiveAttentionMoE
 from experiment.image_sources import load_images
+from experiment.noisy_images import NoisyImageDataset
 from experiment.user_errors import run_main
 from small_vit import MODELS, SmallViT
 
 ROOT = Path(__file__).resolve().parent.parent
+SHORT = ("--epochs", 1, "--batch-size", 16)  # of a run that only has to come to its end
 
 
 class Recorder(TorchDispatchMode):
@@ -104,31 +115,43 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path, capsys):
-    """Runs a script's main() in this process, in an empty folder; returns a CompletedProcess."""
-    monkeypatch.chdir(tmp_path)
+def small_picture(monkeypatch):
+    """Two rows of images in a picture in place of six, of which most of its time goes into axes."""
+    monkeypatch.setattr(visualize_proper_results, "PERCENTILES", (5, 95))
 
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+
+def run_here(script, *arguments):
+    """Runs a script's main() in this process; returns a CompletedProcess.
+
+    A process of its own takes seconds to import what this one has imported.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             run_main(script.main)
-        printed = capsys.readouterr()
-        code = ended.value.code
-        return subprocess.CompletedProcess(sys.argv, code, printed.out, printed.err)
-
-    return run
+        return subprocess.CompletedProcess(
+            sys.argv, ended.value.code, out.getvalue(), err.getvalue()
+        )
 
 
-def run_script(name, *arguments, cwd, **environment):
-    """Runs a script of the collection as a user would; returns its CompletedProcess."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / name), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONHASHSEED": "0", **environment},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
+@pytest.fixture
+def call(monkeypatch, tmp_path):
+    """`run_here`, in an empty folder that the test stays in."""
+    monkeypatch.chdir(tmp_path)
+    return run_here
+
+
+@pytest.fixture(scope="session")
+def another_process():
+    """An executor of one process, which takes seconds to start, for what this one cannot do."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+        pool.submit(os._exit, 0)  # an orderly end takes a second
 
 
 def assert_refused(process, *words):
@@ -138,6 +161,55 @@ def assert_refused(process, *words):
     assert process.stderr.startswith("error: ")
     for word in words:
         assert str(word) in process.stderr
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load_history(files):
+    """What `without_seconds` gives for the state that a run left in its files."""
+    history = [{k: float(v) for k, v in row.items()} for row in read_csv(files.history)]
+    return without_seconds({"history": history})
+
+
+def without_seconds(state):
+    """The history of a training without what differs from run to run."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in state["history"]]
+
+
+def same_weights(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def train_on(call, folder, output, *options):
+    """The training script, four steps an epoch."""
+    arguments = ("--dataset", folder, "--batch-size", 4, "--epochs", 3, "--output", output)
+    return call(experiment, *arguments, *options)
+
+
+@pytest.fixture(scope="session")
+def few(photos):
+    """Training and validation images for trainings of a few steps."""
+    train_set = NoisyImageDataset(photos.train[::120])
+    train_set.split.lossless[::2] = False
+    return train_set, NoisyImageDataset(photos.val[:4], stream=1)
+
+
+def train_few(few, files=None, state=None, fast=None, name="published", **changes):
+    """Three epochs of five steps, the last of each a smaller one."""
+    recipe = replace(experiment.Recipe(epochs=3, batch_size=4), **changes)
+    torch.manual_seed(recipe.seed)
+    model = SmallViT(MODELS[name])
+    about = {"config": {}, "recipe": {"dataset": "photos", "val_images": 4, **recipe.as_dict()}}
+    return experiment.train(model, *few, recipe, files, about, state, fast and fast(model))
+
+
+@pytest.fixture(scope="session")
+def plain(few):
+    """What the default recipe makes of them."""
+    return copy.deepcopy(train_few(few))
 
 
 @contextlib.contextmanager
@@ -159,11 +231,12 @@ def interrupted_in_epoch(number):
 def trained(tmp_path_factory):
     """A run of the training script on photos: its folder, its output, its checkpoint."""
     path = tmp_path_factory.mktemp("trained")
-    # The refined recipe in small batches: far in little time.
-    options = ("--recipe", "refined", "--epochs", 1, "--batch-size", 32, "--output", "model.pt")
-    process = run_script(
-        "denoising_experiment_proper.py", "--dataset", "photos", *options, cwd=path
-    )
+    # The refined recipe in small batches, on part of the images: far in little time.
+    options = ("--recipe", "refined", "--epochs", 2, "--batch-size", 6, "--output", "model.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        patch.setattr(NoisyImageDataset, "epoch_size", 192)
+        process = run_here(experiment, "--dataset", "photos", *options)
     assert process.returncode == 0, process.stderr
     return SimpleNamespace(
         path=path,

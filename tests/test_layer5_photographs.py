@@ -18,7 +18,9 @@ import debug_evaluation
 import denoise_image
 import denoising_experiment_proper as experiment
 import visualize_proper_results
-from conftest import assert_refused, interrupted_in_epoch, run_script, write_images
+from conftest import assert_refused, interrupted_in_epoch, run_here, write_images
+from experiment import noisy_images
+from experiment.command_line import PHOTOGRAPH_CHECKPOINT
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
 from experiment.photo_files import read_photo
@@ -40,11 +42,13 @@ def photographs(tmp_path_factory):
                 part = Image.fromarray(photo[100:230, left : left + 110])
                 part.save(path / "images" / split / f"{name}{left}.png")
     options = ("--recipe", "photographs", "--crop", 32, "--epochs", 2, "--output", "model.pt")
-    process = run_script(
-        "denoising_experiment_proper.py",
-        *("--dataset", "images", *options, "--batch-size", 8, "--noise-level", "25/255"),
-        cwd=path,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        patch.setattr(noisy_images, "CROPS_PER_PHOTOGRAPH", 8)
+        process = run_here(
+            experiment,
+            *("--dataset", "images", *options, "--batch-size", 4, "--noise-level", "25/255"),
+        )
     assert process.returncode == 0, process.stderr
     assert "5 training, 1 validation, 2 test images" in process.stdout
     return path
@@ -126,9 +130,10 @@ def test_crops_are_parts_of_the_photographs_in_all_eight_symmetries(tmp_path):
     assert len({place for *_, place in found}) > 30
 
 
-def test_a_run_on_crops_goes_on_bit_for_bit(call, photographs):
+def test_a_run_on_crops_goes_on_bit_for_bit(call, photographs, monkeypatch):
+    monkeypatch.setattr(noisy_images, "CROPS_PER_PHOTOGRAPH", 2)
     options = ("--dataset", photographs / "images", "--recipe", "photographs", "--crop", 16)
-    options += ("--epochs", 2, "--batch-size", 32, "--output")
+    options += ("--epochs", 2, "--batch-size", 4, "--output")
     assert call(experiment, *options, "whole.pt").returncode == 0
     with interrupted_in_epoch(2):
         assert call(experiment, *options, "m.pt").returncode == 130
@@ -159,7 +164,7 @@ def test_photographs_smaller_than_the_crop_are_named_and_skipped(call, tmp_path,
     process = call(experiment, *options, "--output", "m.pt")
     assert process.returncode == 2 and "at least 128×128" in process.stderr
     process = call(experiment, "--recipe", "photographs", "--data-dir", tmp_path)
-    assert_refused(process, "--crop 64", "CIFAR-10", "32×32")
+    assert_refused(process, "--crop 96", "CIFAR-10", "32×32")
 
 
 # Tiles ---------------------------------------------------------------------------------------
@@ -308,7 +313,7 @@ def test_grey_photographs_are_denoised_too():
     clean = skimage.data.coffee()[100:260, 100:260].mean(2)
     noisy = clean + 25 * np.random.default_rng(0).standard_normal(clean.shape)
     noisy = np.clip(noisy, 0, 255).round().astype(np.uint8)
-    restored = denoise(load_model(denoise_image.CHECKPOINT), noisy)
+    restored = denoise(load_model(PHOTOGRAPH_CHECKPOINT), noisy)
     before, after = (((image - clean) ** 2).mean() for image in (noisy, restored))
     assert 10 * np.log10(before / after) > 5
 

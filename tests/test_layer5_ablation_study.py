@@ -1,0 +1,214 @@
+"""Layer 5, the ablation study: what it trains, what it keeps and what it refuses."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ablation_study
+import denoising_experiment_proper as experiment
+from conftest import assert_refused, write_images
+from experiment.evaluation import evaluate
+from experiment.image_sources import load_images
+from experiment.noisy_images import noisy_splits
+from model_variants import VARIANTS, InTiles
+from small_vit import load_model
+
+
+@pytest.fixture
+def study(call, tmp_path):
+    """Runs ablation_study.py with one step for each variant."""
+    write_images(tmp_path / "few" / "train", 3)
+    write_images(tmp_path / "few" / "test", 2)
+    options = ("--dataset", tmp_path / "few", "--batch-size", 2, "--epochs", 1)
+
+    def run(*others, seeds=(0,)):
+        return call(ablation_study, *options, "--seeds", *seeds, *others)
+
+    return run
+
+
+def test_ablation_study_trains_every_variant(study):
+    process = study()
+    assert process.returncode == 0, process.stderr
+    results = json.loads(Path("ablation_study.json").read_text())
+    assert [row["variant"] for row in results["rows"]] == list(VARIANTS)
+    assert max(row["parameters"] for row in results["rows"]) <= 599_689
+    routed = {row["variant"]: np.shape(row["utilisation"]) for row in results["rows"]}
+    assert routed["published"] == (2, 3) and routed["dense, one expert"] == (2, 1)
+    assert routed["U-Net"] == (0,)
+    table = Path("ablation_study.md").read_text()
+    assert all(f"| {name} | " in table for name in VARIANTS)
+
+
+def test_ablation_study_trains_as_the_training_script_does(study, call, folder):
+    """The same loop: the study's figure is that of the checkpoint of the same seed."""
+    options = ("--dataset", folder, "--epochs", 2, "--batch-size", 4)
+    names = ("--variants", "published", "--seeds", 42)
+    assert call(ablation_study, *options, *names).returncode == 0
+    assert call(experiment, *options, "--output", "m.pt").returncode == 0
+    (row,) = json.loads(Path("ablation_study.json").read_text())["rows"]
+    checkpoint = torch.load("m.pt", weights_only=True)
+    assert row["psnr"] == checkpoint["test"]["psnr_mean"]
+
+
+def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
+    trained = []
+    original = ablation_study.train_variant
+
+    def train_variant(name, *arguments):
+        trained.append(name)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return original(name, *arguments)
+
+    monkeypatch.setattr(ablation_study, "train_variant", train_variant)
+    names = ("published", "uniform weights", "random weights")
+    assert study("--variants", *names).returncode == 130
+    assert study("--variants", *names).returncode == 0
+    assert trained == [*names, "random weights"]
+    process = study("--variants", *names, "--lr", 0.5)
+    assert_refused(process, "lr 0.001, this one has 0.5", "--output")
+
+
+@pytest.mark.parametrize(
+    ("replaced", "by", "message"),
+    [
+        ('"parameters": 599689', '"parameters": 7', "'published' with 7 parameters"),
+        ('"variant": "published"', '"variant": "older"', "'older' with 599,689 parameters"),
+        ('"ssim"', '"similarity"', "no result of this script"),
+    ],
+)
+def test_ablation_study_refuses_rows_of_other_variants(study, replaced, by, message):
+    assert study("--variants", "published").returncode == 0
+    output = Path("ablation_study.json")
+    output.write_text(output.read_text().replace(replaced, by))
+    written = output.read_bytes()
+    assert_refused(study("--variants", "published"), message, "--output")
+    assert output.read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        100_000 * "[",
+        '{"recipe": {}, "rows": [{"variant": "published", "seed": [0]}]}',
+        '{"recipe": {}, "rows": [{"variant": "published", "parameters": 1e400}]}',
+        '{"recipe": {}, "rows": 3}',
+        "[]",
+    ],
+)
+def test_other_json_files_are_no_study(call, folder, text):
+    Path("s.json").write_text(text)
+    process = call(ablation_study, "--dataset", folder, "--output", "s.json")
+    assert_refused(process, "s.json", "no result of this script")
+    assert Path("s.json").read_text() == text
+
+
+def test_ablation_study_does_not_touch_other_files(study):
+    Path("README.md").write_text("mine")
+    assert_refused(study("--output", "README.json"), "README.md is not of this study")
+    assert Path("README.md").read_text() == "mine"
+    Path("mine.json").write_text("[]")
+    assert_refused(study("--output", "mine.json"), "mine.json", "--output")
+    assert Path("mine.json").read_text() == "[]"
+    assert_refused(study("--output", "mine.txt"), "mine.txt", ".json")
+
+
+def test_a_variant_that_diverges_does_not_end_the_study(study, monkeypatch):
+    original = ablation_study.train_variant
+
+    def train_variant(name, *arguments):
+        if name == "published":
+            raise experiment.Diverged("the loss is not finite in epoch 1")
+        original(name, *arguments)
+
+    monkeypatch.setattr(ablation_study, "train_variant", train_variant)
+    names = ("published", "uniform weights")
+    assert study("--variants", *names).returncode == 0
+    process = study("--variants", *names)  # it is not tried again
+    assert process.returncode == 0, process.stderr
+    assert "| published | 599,689 | 0, 1 diverged | – | – |" in process.stdout
+    rows = json.loads(Path("ablation_study.json").read_text())["rows"]
+    assert [row["psnr"] is None for row in rows] == [True, False]
+
+
+def test_a_seed_counts_once(study):
+    process = study("--variants", "published", seeds=(3, 3, 3))
+    assert process.returncode == 0, process.stderr
+    assert "| published | 599,689 | 1 |" in process.stdout
+
+
+def test_parts_of_a_trained_model_are_replaced(trained, photos, call, monkeypatch):
+    """On its own images, of which a quarter will do."""
+
+    def quarter(*arguments):
+        source = load_images(*arguments)
+        return replace(source, test=source.test[::4])
+
+    monkeypatch.setattr("small_vit.load_images", quarter)
+    process = call(ablation_study, "--checkpoint", trained.path / "model.pt")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1].endswith("images 51   dataset photos")
+    table = dict(re.findall(r"^\| ([a-z].*?) \| ([\d.]+) \|", process.stdout, re.MULTILINE))
+    assert len(table) == 10
+    test_set = noisy_splits(replace(photos, test=photos.test[::4]), 0.2)[2]
+    result = evaluate(load_model(trained.path / "model.pt"), test_set)
+    assert table["as trained"] == f"{result.psnr.mean():.2f}"
+
+
+def test_every_replaced_part_changes_the_model(vit):
+    variants, noisy = ablation_study.replaced_parts(vit, 64), torch.rand(2, 3, 32, 32)
+    image = variants.pop("as trained").denoise(noisy)
+    for name, variant in variants.items():
+        assert (variant.denoise(noisy) - image).abs().max() > 1e-5, name
+
+
+def test_an_empty_checkpoint_name_is_no_study(study):
+    assert_refused(study("--checkpoint", ""), "no such checkpoint")
+
+
+# Tiles ---------------------------------------------------------------------------------------
+
+
+def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
+    for part in ("train", "test"):
+        write_images(tmp_path / "few" / part, 2, size=(50, 40))
+    options = ("--dataset", tmp_path / "few", "--recipe", "photographs", "--crop", 16)
+    options += ("--steps", 1, "--schedule", "step", "--seeds", 0, 1)
+    names = ("photographs", "photographs, dense")
+    process = call(ablation_study, *options, "--variants", *names, "--tiles", 16, 32)
+    assert process.returncode == 0, process.stderr
+    rows = json.loads(Path("ablation_study.json").read_text())["rows"]
+    assert [list(row["psnr_in_tiles"]) for row in rows] == [["16", "32"]] * 4
+    assert all(row["psnr_in_tiles"]["16"] != row["psnr"] for row in rows)
+    assert "PSNR in tiles of 32 |" in Path("ablation_study.md").read_text()
+    assert Path("ablation_study.png").stat().st_size > 10_000
+    process = call(ablation_study, *options, "--variants", *names)
+    assert_refused(process, "tiles [16, 32]")
+    assert_refused(
+        call(ablation_study, "--dataset", "photos", "--tiles", 8), "--recipe photographs"
+    )
+
+
+def test_tiles_are_restored_one_by_one():
+    """Each tile by itself: what is changed in one changes nothing in the others."""
+
+    def blur(tiles):
+        assert tiles.shape == (12, 3, 16, 16)
+        return tiles.mean((2, 3), keepdim=True) + 0 * tiles, []
+
+    image = torch.rand(1, 3, 40, 50, generator=torch.Generator().manual_seed(0))
+    restored, _ = InTiles(blur, 16)(image)
+    assert restored.shape == image.shape
+    expected = image[..., 16:32, 32:48].mean((2, 3), keepdim=True)
+    assert torch.allclose(restored[..., 16:32, 32:48], expected.expand(1, 3, 16, 16))
+    image[..., :16, :16] = 0
+    changed, _ = InTiles(blur, 16)(image)
+    assert torch.equal(changed[..., 16:, :], restored[..., 16:, :])
+    assert torch.equal(changed[..., :, 16:], restored[..., :, 16:])
+    assert not changed[..., :16, :16].any()

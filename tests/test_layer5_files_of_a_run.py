@@ -1,0 +1,140 @@
+"""Layer 5, the files of a run: what the user had is kept, and two runs stay apart."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import ablation_study
+import denoising_experiment_proper as experiment
+from conftest import SHORT, assert_refused, interrupted_in_epoch
+from experiment.checkpoints import write_checkpoint
+from experiment.run_files import RunFiles, locked, replace_when_complete
+from experiment.user_errors import UserError
+from small_vit import load_model
+
+# Runs ----------------------------------------------------------------------------------------
+
+
+def test_an_earlier_run_is_kept_under_another_name(call, folder):
+    Path("m.pt").write_text("precious")
+    for number in (1, 2):
+        process = call(experiment, "--dataset", folder, *SHORT, "--output", "m.pt")
+        assert process.returncode == 0, process.stderr
+        assert f"m.{number}.pt" in process.stdout
+    assert Path("m.1.pt").read_text() == "precious"
+    load_model("m.2.pt")
+    load_model("m.pt")
+
+
+def test_a_run_that_comes_to_nothing_moves_nothing(call, folder):
+    Path("m.pt").write_text("precious")
+    process = call(experiment, "--dataset", folder, "--lr", 1e30, *SHORT, "--output", "m.pt")
+    assert_refused(process, "not finite")
+    assert [p.name for p in Path().glob("m*")] == ["m.pt"]
+    assert Path("m.pt").read_text() == "precious"
+
+
+def test_resuming_overwrites_no_file_of_another_run(call, folder):
+    arguments = ("--dataset", folder, "--epochs", 2, "--output", "m.pt")
+    with interrupted_in_epoch(2):
+        assert call(experiment, *arguments).returncode == 130
+    Path("m_history.csv").write_text("precious")
+    process = call(experiment, *arguments, "--resume")
+    assert process.returncode == 0, process.stderr
+    assert Path("m.1_history.csv").read_text() == "precious"
+    assert len(Path("m_history.csv").read_text().splitlines()) == 3
+
+
+def test_a_linked_output_is_written_where_it_leads(call, folder, tmp_path):
+    (tmp_path / "disk").mkdir()
+    Path("m.pt").symlink_to(tmp_path / "disk" / "real.pt")
+    for _ in range(2):
+        assert call(experiment, "--dataset", folder, *SHORT, "--output", "m.pt").returncode == 0
+    assert Path("m.pt").is_symlink()
+    assert {"real.pt", "real.1.pt"} <= {path.name for path in (tmp_path / "disk").iterdir()}
+
+
+def test_files_of_runs_with_dots_in_their_names_stay_apart():
+    one, other = (set(RunFiles(Path(f"sigma0.{i}")).all) for i in (1, 2))
+    assert not one & other
+
+
+# Locks ---------------------------------------------------------------------------------------
+
+
+def test_two_runs_do_not_write_the_same_files(call, folder, tmp_path):
+    (tmp_path / "link.pt").symlink_to(tmp_path / "m.pt")
+    (tmp_path / ".m.pt.incomplete-x.pt").write_text("left by a run that was killed")
+    with locked([Path("link.pt")]):
+        assert not list(tmp_path.glob(".m.pt.incomplete-x*"))
+        process = call(experiment, "--dataset", folder, *SHORT, "--output", "m.pt")
+        assert_refused(process, "another run is writing", "m.pt", "--output")
+    with locked(RunFiles(Path("m")).all):  # another name, but the same history
+        process = call(experiment, "--dataset", folder, *SHORT, "--output", "m.pt")
+        assert_refused(process, "another run is writing", "m_history.csv")
+    with locked([Path("s.json")]):
+        assert_refused(call(ablation_study, "--output", "s.json"), "another run is writing")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "link.pt"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork where there are threads
+def test_a_lock_dies_with_its_process(tmp_path):
+    child = os.fork()
+    if not child:
+        with locked([tmp_path / "m.pt"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with locked([tmp_path / "m.pt"]):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_removes_its_own_files_alone(tmp_path):
+    others = [".m.pt.lock", ".m_x.png.incomplete-1.png", ".m.incomplete-1.pt"]
+    for name in others:
+        (tmp_path / name).write_text("of somebody else")
+    (tmp_path / ".m.pt.incomplete-folder").mkdir()
+    (tmp_path / ".m.pt.incomplete-1.pt").write_text("left by a run that was killed")
+    with locked([tmp_path / "m.pt"]):
+        pass
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*others, ".m.pt.incomplete-folder"}
+    assert (tmp_path / others[0]).read_text() == "of somebody else"
+    with pytest.raises(UserError, match="create it"), locked([tmp_path / "no" / "m.pt"]):
+        pass
+    assert not (tmp_path / "no").exists()
+
+
+# Writing -------------------------------------------------------------------------------------
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "target.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "target.txt")
+    with replace_when_complete(tmp_path / "link.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "target.txt").read_text() == "new"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replace_when_complete(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match="disk is full"):
+        write_checkpoint({}, tmp_path / "m.pt")
+    assert not list(tmp_path.iterdir())

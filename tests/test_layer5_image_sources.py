@@ -1,0 +1,254 @@
+"""Layer 5, the sources of images: splits, folders and files of every kind."""
+
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import torchvision
+from PIL import Image
+
+import debug_test_data
+from conftest import write_images
+from experiment.image_sources import load_images
+from experiment.noisy_images import noisy_splits
+from experiment.photo_files import read_rgb
+
+# Sources -------------------------------------------------------------------------------------
+
+
+def test_photos_hold_out_whole_photographs(photos):
+    labels = [set(split.labels.tolist()) for split in (photos.train, photos.val, photos.test)]
+    assert all(labels)
+    assert not labels[0] & labels[1] | labels[0] & labels[2] | labels[1] & labels[2]
+    assert len(photos.classes) == 6
+
+
+def test_folder_with_classes_splits_and_kinds(folder):
+    source = load_images(str(folder))
+    assert (len(source.train), len(source.val), len(source.test)) == (16, 4, 6)
+    assert source.classes == ["a", "b"]
+    assert torch.equal(source.test.lossless, source.test.labels == 0)  # b is JPEG
+    assert source.name == "folder images"
+
+
+def test_folder_pixels_are_those_of_the_files(folder):
+    source = load_images(str(folder))
+    with Image.open(folder / "test" / "a" / "000.png") as image:
+        assert np.array_equal(source.test.images[0].permute(1, 2, 0), np.asarray(image))
+
+
+def test_split_depends_on_the_seed_alone(folder):
+    first, again, other = (load_images(str(folder), seed=s) for s in (1, 1, 2))
+    assert torch.equal(first.val.images, again.val.images)
+    assert not torch.equal(first.val.images, other.val.images)
+
+
+def test_large_images_are_cropped_and_their_crops_stay_together(tmp_path):
+    for part in ("train", "test"):
+        paths = write_images(tmp_path / part, 5, size=(100, 70))
+    source = load_images(str(tmp_path))
+    assert len(source.test) == 5 * 3 * 2
+    assert (len(source.train), len(source.val)) == (4 * 6, 6)
+    with Image.open(tmp_path / "test" / "000.png") as image:
+        second = np.asarray(image)[:32, 32:64]
+    assert np.array_equal(source.test.images[1].permute(1, 2, 0), second)
+    held_out = {crop.tobytes() for crop in source.val.images.numpy()}
+    of_files = [{crop.tobytes() for crop in crops_of(path)} for path in paths]
+    assert held_out in of_files  # those of one file, and all of them
+
+
+def crops_of(path):
+    pixels = np.asarray(Image.open(path)).transpose(2, 0, 1)
+    corners = [(y, x) for y in range(0, pixels.shape[1] - 31, 32) for x in range(0, 69, 32)]
+    return [np.ascontiguousarray(pixels[:, y : y + 32, x : x + 32]) for y, x in corners]
+
+
+def test_crops_of_a_huge_image_are_spread_over_it(tmp_path):
+    rows = np.arange(640, dtype=np.uint16)[:, None, None] // 3
+    image = Image.fromarray(np.broadcast_to(rows, (640, 640, 3)).astype(np.uint8))
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        for name in "ab":
+            image.save(tmp_path / part / f"{name}.png")
+    source = load_images(str(tmp_path))
+    assert (len(source.train), len(source.val)) == (64, 64)  # one of two files is held out
+    first = source.test.images[:64, 0, 0, 0].int()
+    assert first[0] == 0 and first[-1] == 608 // 3 and (first.diff() >= 0).all()
+
+
+def test_lossless_files_alone_validate(folder):
+    source = load_images(str(folder), seed=4)
+    assert not source.val.lossless.all()
+    _, val_set, test_set = noisy_splits(source, 0.2, 0.5)
+    assert len(val_set) == source.val.lossless.sum() > 0 and val_set.split.lossless.all()
+    assert len(test_set) == len(source.test)
+
+
+def fake_cifar10(folder, count):
+    """Writes the files of CIFAR-10 with `count` random images each."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        data = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        batch = {"data": data, "labels": [i % 10 for i in range(count)]}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    names = {"label_names": [f"class{i}" for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    return data
+
+
+def test_cifar10_is_read_from_its_own_files(tmp_path, monkeypatch):
+    """The files' layout, without their content: 4 / 1 split, channels first, right order."""
+    test_data = fake_cifar10(tmp_path, 20)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    source = load_images("cifar10", str(tmp_path))
+    assert (len(source.train), len(source.val), len(source.test)) == (80, 20, 20)
+    assert np.array_equal(source.test.images.flatten(1), test_data)
+    assert source.test.labels.tolist() == [i % 10 for i in range(20)]
+    assert source.name == "CIFAR-10"
+
+
+# Files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
+def test_other_colour_modes_are_converted(tmp_path, mode):
+    suffix = ".tif" if mode == "CMYK" else ".png"
+    (path,) = write_images(tmp_path, 1, mode=mode, suffix=suffix)
+    image, lossless = read_rgb(path)
+    assert image.dtype == np.uint8 and lossless
+    with Image.open(path) as stored:
+        assert np.array_equal(image, np.asarray(stored.convert("RGB")))
+    assert image.std() > 10
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_over_white(tmp_path, mode):
+    clear = Image.new(mode, (32, 32), {"RGBA": (10, 20, 30, 0), "LA": (10, 0), "P": 3}[mode])
+    if mode == "P":
+        clear.putpalette([10, 20, 30] * 4)
+    clear.save(tmp_path / "clear.png", **({"transparency": 3} if mode == "P" else {}))
+    assert (read_rgb(tmp_path / "clear.png")[0] == 255).all()
+
+
+def test_sixteen_bits_keep_their_brightness(tmp_path):
+    values = np.array([0, 200, 256 * 200, 257 * 77, 65534, 65535], dtype=np.uint16)
+    deep = Image.fromarray(np.tile(values, (32, 6)))
+    for suffix in ("png", "tif", "pgm"):
+        deep.save(tmp_path / f"deep.{suffix}")
+        image, _ = read_rgb(tmp_path / f"deep.{suffix}")
+        assert image[0, :6, 0].tolist() == [0, 0, 199, 77, 254, 255], suffix
+    ten_bits = (np.tile([0, 512, 1023], (32, 11))[:, :32]).astype(">u2")
+    (tmp_path / "ten.pgm").write_bytes(b"P5 32 32 1023\n" + ten_bits.tobytes())
+    assert read_rgb(tmp_path / "ten.pgm")[0][0, :3, 0].tolist() == [0, 127, 255]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "I;16"])
+def test_turned_photographs_are_turned_back(tmp_path, suffix, mode):
+    if (suffix, mode) not in (
+        *((s, "RGB") for s in ("jpg", "png", "webp")),
+        *(("tif", m) for m in ("RGB", "L", "RGBA", "CMYK", "I;16")),
+    ):
+        pytest.skip("the format has no such mode")
+    ramp = np.linspace(0, 255, 96 * 64).reshape(96, 64)
+    if mode == "I;16":
+        upright = Image.fromarray((257 * ramp).astype(np.uint16))
+    else:
+        upright = Image.fromarray(ramp.astype(np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    upright.transpose(Image.Transpose.ROTATE_90).save(
+        tmp_path / f"turned.{suffix}", exif=exif, **({"quality": 95} if suffix == "jpg" else {})
+    )
+    image, _ = read_rgb(tmp_path / f"turned.{suffix}")
+    assert image.shape == (96, 64, 3)
+    grey = image.astype(int).mean(2)
+    assert np.abs(np.diff(grey.mean(1))).max() < 8 and abs(grey[-1].mean() - grey[0].mean()) > 200
+
+
+@pytest.mark.parametrize(
+    "layout", [{"photometric": "miniswhite"}, {"photometric": "rgb", "planarconfig": "separate"}]
+)
+def test_tiffs_of_which_other_values_would_be_read_are_refused(tmp_path, layout):
+    shape = (3, 32, 32) if "planarconfig" in layout else (32, 32)
+    tifffile.imwrite(tmp_path / "odd.tif", np.full(shape, 9000, dtype=np.uint16), **layout)
+    with pytest.raises(ValueError, match="16 bits"):
+        read_rgb(tmp_path / "odd.tif")
+
+
+def test_the_decoder_tells_whether_a_file_is_lossless(tmp_path):
+    (path,) = write_images(tmp_path, 1)
+    image = Image.open(path)
+    for name, options, lossless in (
+        ("a.JPG", {"format": "JPEG"}, False),
+        ("jpeg_inside.png", {"format": "JPEG"}, False),
+        ("jpeg_inside.tif", {"compression": "jpeg"}, False),
+        ("packed.tif", {"compression": "tiff_lzw"}, True),
+        ("a.webp", {"lossless": True}, True),
+        ("b.webp", {}, False),
+        ("a.jp2", {}, False),
+        ("a.bmp", {}, True),
+    ):
+        image.save(tmp_path / name, **options)
+        assert read_rgb(tmp_path / name)[1] == lossless, name
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_of_unknown_range_are_not_guessed(tmp_path, kind):
+    Image.fromarray(np.full((32, 32), 100, dtype=kind)).save(tmp_path / "raw.tif")
+    with pytest.raises(ValueError, match="range"):
+        read_rgb(tmp_path / "raw.tif")
+
+
+# Files that cannot be used -------------------------------------------------------------------
+
+
+def test_no_part_of_a_folder_is_left_out_in_silence(folder, tmp_path, capsys):
+    write_images(tmp_path / "elsewhere", 3)
+    (folder / "test" / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "test" / "linked" / "round").symlink_to(folder / "test")
+    (folder / "test" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    write_images(folder / "test" / ".ipynb_checkpoints", 2)
+    source = load_images(str(folder))
+    assert source.classes == ["a", "b", "linked"]
+    assert len(source.test) == 6 + 3
+    assert "gone.png" in capsys.readouterr().err
+
+
+def test_unusable_files_are_named_and_skipped(folder, capsys):
+    (folder / "train" / "a" / "notes.txt").write_text("not an image")
+    (folder / "train" / "a" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    write_images(folder / "train" / "small", 1, size=(31, 40))
+    source = load_images(str(folder))
+    assert len(source.train) + len(source.val) == 20
+    warning = capsys.readouterr().err
+    assert "skipped 3 of 23" in warning
+    for words in ("notes.txt (no image of", "cut.png (", "31×40 pixels"):
+        assert words in warning
+
+
+@pytest.mark.parametrize("name", ["program.png", "bomb.png", "exif.png", "line\nbreak.png"])
+def test_one_bad_file_does_not_end_a_run(folder, call, monkeypatch, name):
+    path = folder / "train" / "a" / name
+    if name == "program.png":
+        started = "PIL.EpsImagePlugin.Ghostscript"
+        monkeypatch.setattr(started, lambda *_, **__: pytest.fail("starts Ghostscript"))
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
+    elif name == "bomb.png":
+        header = b"\x00\x00\x00\rIHDR" + struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)
+        checksum = struct.pack(">I", zlib.crc32(header[4:]))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + checksum)
+    elif name == "exif.png":
+        Image.new("RGB", (32, 32)).save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    else:
+        path.write_text("no image")
+    process = call(debug_test_data, "--dataset", folder)
+    assert "Traceback" not in process.stderr and process.returncode in (0, 1)
+    if name != "exif.png":
+        assert process.stderr.count("\n") == 1 and "skipped 1 of 21" in process.stderr

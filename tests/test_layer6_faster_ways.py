@@ -1,0 +1,259 @@
+"""Layer 6, faster ways to the same result: processes, compilers, CUDA graphs, bfloat16."""
+
+import contextlib
+import copy
+import socket
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import denoising_experiment_proper as experiment
+from conftest import load_history, run_here, same_weights, train_few
+from denoising_experiment_proper import Recipe
+from experiment import cuda_graphs, data_parallel
+from experiment.command_line import PUBLISHED_CHECKPOINT
+from experiment.muon import make_optimizer
+from experiment.run_files import RunFiles
+from experiment.user_errors import UserError
+from small_vit import MODELS, SmallViT
+
+# Processes -----------------------------------------------------------------------------------
+
+
+def as_process(number, port, folder, *arguments):
+    """The training script as that one of two processes, with what torchrun sets for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        # where the other one has failed
+        patch.setattr(data_parallel, "timedelta", lambda **_: timedelta(minutes=2))
+        for name, value in {
+            **{"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+            **{"WORLD_SIZE": 2, "RANK": number, "LOCAL_RANK": number},
+        }.items():
+            patch.setenv(name, str(value))
+        try:
+            return run_here(experiment, *arguments)
+        finally:
+            if dist.is_initialized():  # all that follows would wait for the other one
+                dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one_does(call, folder, another_process, tmp_path):
+    """One log, one checkpoint, the curve of one process."""
+    options = ("--dataset", folder, "--batch-size", 4, "--epochs", 3, "--seed", 3)
+    options += ("--device", "cpu")
+    assert call(experiment, *options, "--output", "one.pt").returncode == 0
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    second = another_process.submit(as_process, 1, port, tmp_path, *options)
+    first = as_process(0, port, tmp_path, *options)
+    assert first.returncode == 0, first.stderr
+    assert (second.result().returncode, second.result().stdout) == (0, "")
+    assert first.stdout.count("epoch   2") == first.stdout.count("FINAL RESULTS") == 1
+    assert "2 processes" in first.stdout
+    assert sorted(p.name for p in Path().glob("*.pt")) == [PUBLISHED_CHECKPOINT, "one.pt"]
+    one, two = (load_history(RunFiles(Path(p))) for p in ("one.pt", PUBLISHED_CHECKPOINT))
+    assert len(one) == len(two) == 3
+    for expected, row in zip(one, two, strict=True):
+        for name in ("train_mse", "val_mse"):
+            assert row[name] == pytest.approx(expected[name], rel=1e-3)
+
+
+def test_processes_share_every_whole_batch_without_overlap(monkeypatch):
+    batches = [(torch.arange(6), torch.arange(6, 12)), (torch.arange(3), torch.arange(3))]
+    monkeypatch.setattr(data_parallel, "world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(data_parallel, "rank", lambda rank=rank: rank)
+        ((first, second),) = data_parallel.my_share(batches, 6)  # the incomplete one is dropped
+        assert torch.equal(second, first + 6)
+        shares.append(first)
+    assert torch.cat(shares).sort().values.tolist() == list(range(6))
+
+
+def test_processes_take_equal_shares_or_none(monkeypatch):
+    monkeypatch.setattr(data_parallel, "world_size", lambda: 3)
+    data_parallel.check_shares(batch_size=6, images=6)
+    for batch_size, images in ((64, 100), (6, 5)):
+        with pytest.raises(UserError, match="--batch-size"):
+            data_parallel.check_shares(batch_size, images)
+
+
+# Compilers -----------------------------------------------------------------------------------
+
+
+def test_training_goes_on_where_torch_compile_fails(few, plain, monkeypatch, capsys):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    with torch._dynamo.config.patch(suppress_errors=False):  # put back afterwards
+        state = train_few(few, fast=experiment.compiled)
+    torch.compiler.reset()  # or the functions that failed would be skipped from now on
+    assert same_weights(state["model"], plain["model"])
+    printed = capsys.readouterr()
+    assert printed.out.count("torch.compile does not work here") == 1
+    assert "Traceback" not in printed.err
+
+
+def test_training_runs_what_torch_compile_made(few, plain):
+    calls = []
+
+    class Fast(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, noisy):
+            calls.append(len(noisy))
+            return self.model(noisy)
+
+    assert same_weights(train_few(few, fast=Fast)["model"], plain["model"])
+    assert calls == [4] * 3 * 4  # a smaller batch is left to the model itself
+
+
+def test_models_compile_to_one_graph(seeded):
+    """Without the code generator, which needs a C++ compiler; a break in the graph would raise."""
+    model, gradients = SmallViT(replace(MODELS["refined"], num_layers=1, conv_depth=1)), []
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        run(torch.ones(2, 3, 32, 32))[0].square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert torch.allclose(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
+# Graphs and types ----------------------------------------------------------------------------
+
+
+def train_in_steps(model, optimizer, replay=False):
+    """Losses of eight steps, each at a learning rate of its own, the sixth on fewer images."""
+    optimizer = make_optimizer(model.train(), optimizer, 1e-3, 1e-4)
+    step = partial(experiment.training_step, model, optimizer, recipe=Recipe())
+    step = cuda_graphs.ReplayedStep(step, optimizer) if replay else step
+    device = next(model.parameters()).device
+    generator, losses = torch.Generator().manual_seed(0), []
+    for n, images in enumerate((4, 4, 4, 4, 4, 3, 4, 4), 1):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4 * n
+        clean = torch.rand(images, 3, 32, 32, generator=generator).to(device)
+        losses.append(step(clean.flip(3), clean))
+    assert all(isinstance(group["lr"], float) for group in optimizer.param_groups)
+    return torch.stack(losses)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need such a device")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["vit", "refined"])
+def test_a_replayed_step_is_the_step(name, optimizer, request):
+    plain = request.getfixturevalue(name).cuda()
+    replayed, calls = copy.deepcopy(plain), []
+    losses = train_in_steps(plain, optimizer)
+    replayed.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.allclose(train_in_steps(replayed, optimizer, replay=True), losses, rtol=1e-3)
+    assert len(calls) == cuda_graphs.WARM_UP_STEPS + 1 + 1  # the recording; the smaller batch
+    others = dict(plain.named_parameters())
+    for key, one in replayed.named_parameters():
+        if not key.endswith("key.bias"):  # whose gradient is nothing but rounding
+            assert (one - others[key]).norm() <= 0.02 * others[key].norm(), key
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_learning_rates_in_tensors_mean_the_same(vit, optimizer):
+    models = vit, copy.deepcopy(vit)
+    plain, recordable = (make_optimizer(model, optimizer, 3e-3, 0.1) for model in models)
+    for _ in range(2):
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        plain.step()
+        with cuda_graphs.rates_on_device(recordable) as rates:
+            assert all(rate.item() == pytest.approx(3e-3) for rate in rates)
+            assert all(
+                group["lr"] is rate
+                for group, rate in zip(recordable.param_groups, rates, strict=True)
+            )
+            assert all(group["capturable"] for group in recordable.param_groups)
+            recordable.step()
+    for group in recordable.param_groups:
+        assert (group["lr"], group["capturable"]) == (3e-3, False)
+        assert isinstance(group["lr"], float)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_training_goes_on_where_no_graph_can_be_recorded(vit, monkeypatch, capsys):
+    """With streams that do nothing, since a machine without CUDA has none."""
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def graph(graph, stream):
+        raise RuntimeError("no graphs")
+
+    plain, replayed = vit, copy.deepcopy(vit)
+    losses = train_in_steps(plain, "muon")
+    for name, replacement in (
+        ("Stream", Stream),
+        ("current_stream", Stream),
+        ("stream", contextlib.nullcontext),
+        ("set_stream", lambda stream: None),
+        ("CUDAGraph", object),
+        ("graph", graph),
+    ):
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    assert torch.equal(train_in_steps(replayed, "muon", replay=True), losses)
+    assert (
+        capsys.readouterr().out.count("CUDA graphs do not work here (RuntimeError: no graphs)") == 1
+    )
+    assert all(map(torch.equal, replayed.parameters(), plain.parameters()))
+
+
+def test_batches_of_another_shape_are_not_replayed(vit, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    step = cuda_graphs.ReplayedStep(lambda noisy, clean: len(noisy), None)
+    step.shape, step.warm_up, step.graph = torch.Size([4, 3, 32, 32]), 0, "recorded for four"
+    assert step(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)) == 1
+
+
+def test_bfloat16_stays_close_to_float32_and_keeps_float32_weights(few, plain):
+    state = train_few(few, dtype="bfloat16")
+    one, other = (s["history"][-1]["train_mse"] for s in (plain, state))
+    assert other == pytest.approx(one, rel=0.02)
+    assert other != one
+    assert all(t.dtype == torch.float32 for t in state["best"]["model"].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_replayed_passes_are_those_of_the_model(vit):
+    model, batches = vit.cuda().eval(), torch.rand(6, 3, 32, 32, device="cuda").split([2, 1, 3])
+    passes = cuda_graphs.ReplayedModel(model)
+    with torch.inference_mode():
+        for _ in range(3):  # as it comes, recorded, replayed
+            for batch in batches:
+                image, routings = passes(batch)
+                expected, of_blocks = model(batch)
+                assert torch.allclose(image, expected, atol=1e-5)
+                assert all(map(torch.allclose, routings, of_blocks))
+            with torch.no_grad():
+                model.patch_embed.weight.mul_(0.9)  # as training changes it
+    assert all(passes.passes.values()) and len(passes.passes) == 3
+
+
+def test_passes_on_a_cpu_are_the_models_own(vit):
+    calls = []
+    vit.eval().register_forward_hook(lambda *_: calls.append(1))
+    passes = cuda_graphs.ReplayedModel(vit)
+    with torch.inference_mode():
+        for _ in range(3):
+            passes(torch.rand(1, 3, 32, 32))
+    assert len(calls) == 3 and not passes.passes

@@ -1,0 +1,212 @@
+"""Layer 6, runs that were interrupted go on as if they had not been, or say why not."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import denoising_experiment_proper as experiment
+from conftest import (
+    assert_refused,
+    load_history,
+    same_weights,
+    train_few,
+    train_on,
+    without_seconds,
+)
+from experiment.checkpoints import read_run
+from experiment.run_files import RunFiles
+from experiment.user_errors import UserError
+from small_vit import MODELS, SmallViT, load_model
+
+
+class Killed(BaseException):
+    pass
+
+
+def raise_killed(*_):
+    raise Killed
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "recipe"),
+    [(5, "published"), (8, "published"), (14, "published"), (8, "refined")],
+)
+def test_resume_gives_the_weights_of_an_uninterrupted_run(
+    few, plain, monkeypatch, tmp_path, stop_after, recipe
+):
+    """Killed between epochs, in the second and in the last; all but the last epoch is kept."""
+    changes = {} if recipe == "published" else {"optimizer": "muon", "lr": 4e-3, "name": "refined"}
+    whole = train_few(few, **changes) if changes else plain
+    files, steps = RunFiles(tmp_path / "m.pt"), []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def kill(*arguments):
+        steps.append(1)
+        if len(steps) > stop_after:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.nn.utils, "clip_grad_norm_", kill)
+        with pytest.raises(Killed):
+            train_few(few, files, **changes)
+        files.history.unlink()  # as if it had been killed between two files
+        files.checkpoint.write_text("of somebody else")
+        state = read_run(files, {"epochs": 3}, SmallViT(MODELS[recipe]))
+        with pytest.raises(Killed):
+            train_few(few, files, state, **changes)
+    state = read_run(files, {"epochs": 3}, SmallViT(MODELS[recipe]))
+    assert len(state["history"]) == stop_after // 5
+    assert load_history(files) == without_seconds(state)
+    assert same_weights(weights(files.checkpoint), state["best"]["model"])
+    state = train_few(few, files, state, **changes)
+    assert same_weights(state["model"], whole["model"])
+    assert same_weights(weights(files.checkpoint), whole["best"]["model"])
+    assert without_seconds(state) == without_seconds(whole) == load_history(files)
+
+
+@pytest.fixture(scope="module")
+def killed(few, tmp_path_factory):
+    """The folder of a run that was killed after its first epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "print_epoch", raise_killed)
+        with pytest.raises(Killed):
+            train_few(few, RunFiles(folder / "m.pt"))
+    return folder
+
+
+@pytest.fixture
+def interrupted(killed, tmp_path, monkeypatch):
+    """That run, in the working folder: function(change of its state) -> RunFiles."""
+    for name in ("m.pt", "m_history.csv"):
+        shutil.copy(killed / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(killed / "m_resume.pt", weights_only=True)
+
+    def forge(change):
+        change(state)
+        torch.save(state, "m_resume.pt")
+        return RunFiles(Path("m.pt"))
+
+    return forge
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["optimizer"][3].update(exp_avg=torch.zeros(1)),  # fused steps trust its size
+        lambda s: s["optimizer"][3].update(exp_avg=s["optimizer"][3]["exp_avg"].double()),
+        lambda s: s["optimizer"][0].update(step=torch.zeros(2)),
+        lambda s: s["optimizer"].pop(5),
+        lambda s: s["optimizer"].update({7: None}),
+        lambda s: s["optimizer"].update({99: {}}),
+        lambda s: s.update(optimizer=[]),
+        lambda s: s["model"].pop("position"),
+        lambda s: s["model"].update(position=torch.zeros(1, 64, 127)),
+        lambda s: s["best"]["model"].update(position=torch.full((1, 64, 128), float("inf"))),
+        lambda s: s["best"].pop("val_mse"),
+        lambda s: s["history"][0].pop("train_mse"),
+        lambda s: s["history"][0].update(seconds="0"),
+        lambda s: s["history"][0].update(epoch=2),
+        lambda s: s["history"].append(None),
+        lambda s: s["history"].clear(),
+        lambda s: s["best"].update(epoch=30),
+        lambda s: s["best"].update(recipe=s["recipe"] | {"lr": 0.5}),
+        lambda s: s.update(history=None),
+        lambda s: s.update(recipe=[]),
+        lambda s: s.pop("model"),
+    ],
+)
+def test_damaged_states_are_refused(few, interrupted, change):
+    files = interrupted(change)
+    written = files.checkpoint.read_bytes()
+    with pytest.raises(UserError, match=r"m_resume.pt|interrupted run"):
+        train_few(few, files, read_run(files, {"epochs": 3}, SmallViT()))
+    assert files.checkpoint.read_bytes() == written
+
+
+def test_good_states_are_not_refused(few, interrupted):
+    """Two epochs alike, and a balance that rounding takes below zero."""
+
+    def change(state):
+        row = state["history"][0] | {"balance_loss": -1e-8}
+        state["history"][:] = [row, row | {"epoch": 2}]
+        state["best"]["epoch"] = 2
+
+    files = interrupted(change)
+    state = train_few(few, files, read_run(files, {"epochs": 3}, SmallViT()))
+    assert len(state["history"]) == 3
+
+
+def test_moments_without_memory_of_their_own_get_it(few, interrupted):
+    """A fused step would write beyond an expanded tensor."""
+
+    def change(state):
+        for of_one in state["optimizer"].values():
+            of_one["exp_avg"] = torch.zeros(1).expand(of_one["exp_avg"].shape)
+
+    files = interrupted(change)
+    train_few(few, files, read_run(files, {"epochs": 3}, SmallViT()))
+
+
+def test_a_run_does_not_go_on_with_other_images(call, folder, monkeypatch):
+    """Names and numbers stay: one file is replaced, two exchange their names."""
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "print_epoch", raise_killed)
+        with pytest.raises(Killed):
+            train_on(call, folder, "m.pt")
+    one, other = (folder / "test" / "a" / f"00{n}.png" for n in (0, 1))
+    first, second = one.read_bytes(), other.read_bytes()
+    for of_one, of_other in ((second, second), (second, first)):
+        one.write_bytes(of_one)
+        other.write_bytes(of_other)
+        process = train_on(call, folder, "m.pt", "--resume")
+        assert_refused(process, "the interrupted run had images_sha256", "--resume")
+    one.write_bytes(first)
+    other.write_bytes(second)
+    assert train_on(call, folder, "m.pt", "--resume").returncode == 0
+
+
+def test_a_kept_run_can_be_gone_on_with(call, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "print_epoch", raise_killed)
+        with pytest.raises(Killed):
+            train_on(call, folder, "m.pt")
+    process = train_on(call, folder, "m.pt")
+    assert process.returncode == 0 and "--resume --output m.1.pt" in process.stdout
+    assert train_on(call, folder, "m.1.pt", "--resume").returncode == 0
+    assert same_weights(weights("m.1.pt"), weights("m.pt"))
+
+
+def test_an_interrupted_run_says_how_to_go_on(call, folder, monkeypatch):
+    original = torch.nn.utils.clip_grad_norm_
+    steps = []
+
+    def press_ctrl_c(*arguments):
+        steps.append(1)
+        if len(steps) in (3, 11):  # 4 steps an epoch
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(experiment.nn.utils, "clip_grad_norm_", press_ctrl_c)
+    process = train_on(call, folder, "m.pt")
+    assert process.returncode == 130
+    assert "nothing is kept" in process.stderr and not list(Path().glob("*.pt"))
+    process = train_on(call, folder, "m.pt")
+    assert process.returncode == 130
+    assert "repeat the command with --resume" in process.stderr
+    load_model("m.pt")
+    process = train_on(call, folder, "m.pt", "--resume", "--lr", 0.5)
+    assert_refused(process, "the interrupted run had lr 0.001, this one has 0.5")
+    process = train_on(call, folder, "m.pt", "--resume")
+    assert process.returncode == 0, process.stderr
+    assert "epoch   1 " not in process.stdout and "epoch   2 " in process.stdout
+    assert not Path("m_resume.pt").exists()

@@ -1,0 +1,226 @@
+"""Layer 6, training: a seed repeats, every part of a recipe counts, a step is its definition."""
+
+import copy
+
+import pytest
+import torch
+
+import denoising_experiment_proper as experiment
+from adaptive_attention_moe import load_balancing_loss
+from conftest import (
+    Recorder,
+    assert_refused,
+    same_weights,
+    train_few,
+    train_on,
+    without_seconds,
+)
+from denoising_experiment_proper import Recipe
+from experiment.evaluation import evaluate
+from experiment.image_sources import load_images
+from experiment.muon import Muon, make_optimizer, orthogonalised
+from experiment.noisy_images import NoisyImageDataset, noisy_splits
+from small_vit import MODELS, SmallViT, load_model
+
+# The loop ------------------------------------------------------------------------------------
+
+
+def test_a_seed_repeats_bit_for_bit(few, plain):
+    again = train_few(few)
+    assert same_weights(again["model"], plain["model"])
+    assert without_seconds(again) == without_seconds(plain)
+
+
+@pytest.fixture(scope="module")
+def one_epoch(few):
+    return copy.deepcopy(train_few(few, epochs=1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seed": 7}, {"loss": "psnr"}, {"optimizer": "muon"}, {"weight_decay": 0.5}),
+        *({"flip": True}, {"balance_weight": 1.0}, {"lr": 1e-2}, {"lossless_share": 0.9}),
+        *({"batch_size": 5}, {"dtype": "bfloat16"}, {"steps": 4}, {"schedule": "step"}),
+    ],
+    ids=str,
+)
+def test_every_part_of_a_recipe_decides(few, one_epoch, change):
+    changed = train_few(few, epochs=1, **change)
+    assert not same_weights(changed["model"], one_epoch["model"])
+    assert without_seconds(changed) != without_seconds(one_epoch)
+
+
+def test_the_learning_rate_falls_as_a_cosine_once_an_epoch(plain):
+    assert [row["lr"] for row in plain["history"]] == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
+
+
+def test_the_learning_rate_rises_and_falls_in_every_step(few, monkeypatch):
+    rates, original = [], experiment.set_learning_rate
+
+    def set_learning_rate(*arguments):
+        rates.append(original(*arguments))
+        return rates[-1]
+
+    monkeypatch.setattr(experiment, "set_learning_rate", set_learning_rate)
+    monkeypatch.setattr(experiment, "WARM_UP", 0.25)
+    state = train_few(few, epochs=2, steps=8, schedule="step")
+    expected = [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert rates == pytest.approx([1e-3 * part for part in expected])
+    assert [row["lr"] for row in state["history"]] == [rates[4], rates[7]]
+
+
+def test_a_training_ends_after_its_steps(call, folder):
+    options = ("--steps", 6, "--output", "m.pt")
+    process = call(experiment, "--dataset", folder, "--batch-size", 4, *options)
+    assert process.returncode == 0, process.stderr
+    checkpoint = torch.load("m.pt", weights_only=True)
+    assert (checkpoint["recipe"]["steps"], checkpoint["recipe"]["epochs"]) == (6, 2)
+    moments = experiment.train(
+        SmallViT(),
+        *noisy_splits(load_images(folder), 0.2)[:2],
+        Recipe(epochs=2, steps=6, batch_size=4),
+    )
+    assert {int(state["step"]) for state in moments["optimizer"].values()} == {6}
+    assert_refused(call(experiment, *options, "--epochs", 2), "--epochs", "--steps")
+
+
+def test_the_best_epoch_is_kept_and_tested(call, folder, monkeypatch):
+    """Not the last one: validation finds 0.03, 0.01 and 0.02."""
+    errors, snapshots = iter([0.03, 0.01, 0.02]), []
+
+    def validation_mse(passes, _):
+        snapshots.append(copy.deepcopy(passes.model.state_dict()))
+        return next(errors)
+
+    monkeypatch.setattr(experiment, "validation_mse", validation_mse)
+    process = train_on(call, folder, "m.pt")
+    assert process.returncode == 0, process.stderr
+    checkpoint = torch.load("m.pt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["val_mse"]) == (2, 0.01)
+    assert same_weights(checkpoint["model"], snapshots[1])
+    test_set = noisy_splits(load_images(str(folder)), 0.2)[2]
+    assert checkpoint["test"] == evaluate(load_model("m.pt"), test_set).summary()
+
+
+# A step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("loss", "near"), [("mse", False), ("psnr", False), ("psnr", True)])
+def test_a_training_step_minimises_the_sum_of_both_losses(vit, photos, loss, near):
+    """Its gradients are those of the loss + 0.01 · the load-balancing loss of every block.
+
+    Near the true image the PSNR's stay bounded.
+    """
+    noisy, clean, _ = next(NoisyImageDataset(photos.train).batches(4))
+    with torch.no_grad():
+        for block in vit.blocks:
+            block.attention.router.mlp[-1].bias.copy_(torch.tensor([3.0, 0.0, -3.0]))
+    image, routings = vit(noisy)
+    clean = image.detach() + 1e-3 * torch.randn_like(clean) if near else clean
+    errors = (image - clean).square().mean((1, 2, 3))
+    objective = errors.mean() if loss == "mse" else (errors + 1e-5).log10().mean() / 100
+    (objective + 0.01 * sum(map(load_balancing_loss, routings))).backward()
+    torch.nn.utils.clip_grad_norm_(vit.parameters(), 1.0)
+    expected = [p.grad.clone() for p in vit.parameters()]
+    still = torch.optim.SGD(vit.parameters(), 0.0)
+    measured, _ = experiment.training_step(vit, still, noisy, clean, Recipe(loss=loss))
+    assert measured == pytest.approx(errors.mean().item(), rel=1e-5)
+    for parameter, gradient in zip(vit.parameters(), expected, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6 if near else 1e-7)
+
+
+def test_gradients_are_clipped_before_the_step(vit, photos, monkeypatch):
+    noisy, clean, _ = next(NoisyImageDataset(photos.train).batches(4))
+    monkeypatch.setattr(experiment, "CLIP_NORM", 1e-3)
+    before = torch.cat([p.detach().flatten().clone() for p in vit.parameters()])
+    experiment.training_step(vit, torch.optim.SGD(vit.parameters(), 1.0), noisy, clean, Recipe())
+    after = torch.cat([p.detach().flatten() for p in vit.parameters()])
+    assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+# Optimizers ----------------------------------------------------------------------------------
+
+
+def test_muon_turns_the_momentum_of_matrices_and_kernels_into_orthogonal_steps(seeded):
+    """They are U Vᵀ of the singular value decomposition; the others get AdamW's signs."""
+    model = SmallViT(MODELS["refined"])
+    optimizer = make_optimizer(model, "muon", 1e-2, 0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.grad = gradients[name].clone()
+    optimizer.step()
+    steps = {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    rest = [
+        n for n, p in model.named_parameters() if "exp_avg" in optimizer.state[p] and p.ndim > 1
+    ]
+    assert rest == [
+        "position",
+        *(f"encoder.stages.1.{i}.depthwise.weight" for i in range(3)),
+        *(f"blocks.{i}.attention.router.mlp.2.weight" for i in range(2)),
+        *(f"decoder.stages.1.{i}.depthwise.weight" for i in range(3)),
+        "decoder.head.weight",
+    ]
+    for name, step in steps.items():
+        if step.ndim == 1 or name in rest:
+            clear = gradients[name].abs() > 1e-4  # others are near AdamW's ε
+            assert (step / gradients[name].sign() / 1e-2 - 1)[clear].abs().max() < 1e-3, name
+            continue
+        u, values, v = torch.linalg.svd(gradients[name].flatten(1), full_matrices=False)
+        scale = 1e-2 * 0.2 * max(u.shape[0], v.shape[1]) ** 0.5  # a root mean square of 0.2 lr
+        step = u.T @ step.flatten(1) @ v.T / scale
+        kept = values > 0.02 * values.norm()  # smaller ones take more iterations
+        assert kept.float().mean() > 0.7
+        assert (step.diagonal()[kept] - 1).abs().max() < 0.25, name
+        assert (step - step.diagonal().diag()).abs().max() < 1e-3, name
+
+
+def test_muon_takes_the_definitions_second_step(seeded):
+    """Momentum is a mean that remembers 0.95, looked ahead of (Nesterov); decay comes first."""
+    weight = torch.nn.Parameter(torch.randn(6, 5))
+    start, first, second = weight.detach().clone(), *torch.randn(2, 6, 5)
+    optimizer = Muon([weight], lr=0.1, weight_decay=0.5)
+    for gradient in (first, second):
+        weight.grad = gradient.clone()
+        optimizer.step()
+    expected, momentum = start, torch.zeros(6, 5)
+    for gradient in (first, second):
+        momentum = 0.95 * momentum + 0.05 * gradient
+        update = orthogonalised((0.05 * gradient + 0.95 * momentum)[None])[0]
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * update
+    torch.testing.assert_close(weight.detach(), expected)
+    assert (torch.linalg.svdvals(update) - 1).abs().max() < 0.3
+
+
+def test_muons_other_parameters_forget_squares_within_twenty_steps():
+    """β₂ = 0.95, as of language models: a first square weighs 0.05."""
+    bias = torch.nn.Parameter(torch.zeros(3))
+    optimizer = Muon([bias], lr=0.1)
+    bias.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    assert torch.allclose(optimizer.state[bias]["exp_avg_sq"], torch.full((3,), 0.05 * 4))
+
+
+@pytest.mark.parametrize(("optimizer", "of_others"), [("muon", 1.0), ("adamw", 0.95)])
+def test_weight_decay_is_of_matrices_alone_in_muon_and_of_all_in_adamw(optimizer, of_others):
+    layer = torch.nn.Linear(8, 8)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for p in layer.parameters():
+        p.grad = torch.zeros_like(p)
+    make_optimizer(layer, optimizer, 0.1, 0.5).step()
+    torch.testing.assert_close(layer.weight.detach(), 0.95 * before["weight"])
+    torch.testing.assert_close(layer.bias.detach(), of_others * before["bias"])
+
+
+def test_muon_takes_matrices_of_one_shape_in_one_batch(seeded):
+    counts = []
+    for matrices in (1, 20):
+        weights = [torch.nn.Parameter(torch.randn(8, 4)) for _ in range(matrices)]
+        optimizer = Muon(weights, lr=0.1)
+        for weight in weights:
+            weight.grad = torch.randn(8, 4)
+        with Recorder() as recorder:
+            optimizer.step()
+        counts.append(recorder.calls["bmm"] + recorder.calls["baddbmm"])
+    assert counts == [15, 15]  # 3 products in each of 5 iterations
