@@ -15,23 +15,26 @@ import itertools
 import json
 import math
 import os
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib import pyplot as plt
 
 from denoising_experiment_proper import RECIPES, Diverged, recipe_of, train
 from experiment.checkpoints import check, check_same_recipe, loads, real, whole
 from experiment.command_line import add_output, make_parser, number, select_device
-from experiment.evaluation import evaluate, plus_minus, result_line
+from experiment.evaluation import evaluate, plus_minus, psnr, result_line, spread
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
-from experiment.run_files import locked, write_text
+from experiment.run_files import locked, write_figure, write_text
 from experiment.user_errors import UserError, run_main
 from model_variants import (
     VARIANTS,
     FirstChoiceRouter,
+    InTiles,
     RandomRouter,
     UniformRouter,
     with_routers,
@@ -42,6 +45,9 @@ ROW = {"variant": str, "seed": whole(0), "parameters": whole(1)}
 # None where training diverged.
 ROW |= dict.fromkeys(("psnr", "ssim", "train_seconds"), lambda v: v is None or real(v))
 ROW |= {"utilisation": lambda v: v is None or loads(v)}
+ROW |= {
+    "psnr_in_tiles": lambda v: v is None or (isinstance(v, dict) and all(map(real, v.values())))
+}
 
 
 def train_variant(name, model, recipe, train_set, val_set):
@@ -52,12 +58,13 @@ def train_variant(name, model, recipe, train_set, val_set):
     model.load_state_dict(state["best"]["model"])
 
 
-def measure(name, recipe, splits):
+def measure(name, recipe, splits, tiles):
     """Trains and tests a variant; returns its row, without figures where training diverged."""
     train_set, val_set, test_set = splits
+    device = train_set.device
     started, row = time.perf_counter(), dict.fromkeys(ROW)
     torch.manual_seed(recipe.seed)
-    model = VARIANTS[name]().to(train_set.device)
+    model = VARIANTS[name]().to(device)
     row |= {"variant": name, "seed": recipe.seed, "parameters": count_parameters(model)}
     try:
         train_variant(name, model, recipe, train_set, val_set)
@@ -67,27 +74,67 @@ def measure(name, recipe, splits):
     row["train_seconds"] = time.perf_counter() - started
     figures = evaluate(model, test_set).summary()
     row |= {"psnr": figures["psnr_mean"], "ssim": figures["ssim_mean"]}
+    row["psnr_in_tiles"] = {
+        str(tile): mean_psnr(InTiles(model, tile).eval(), test_set, device) for tile in tiles
+    }
     return row | {"utilisation": figures["utilisation"]}
 
 
+@torch.inference_mode()
+def mean_psnr(model, dataset, device):
+    """Mean PSNR in dB of a model in evaluation mode; `evaluate` takes long over photographs."""
+    return statistics.mean(
+        float(psnr(model(noisy.to(device))[0][0].cpu().numpy(), clean[0].numpy()))
+        for noisy, clean, _ in dataset.batches(1)
+    )
+
+
 def markdown(rows, recipe):
-    """The results as a Markdown table: mean ± standard deviation over seeds."""
-    lines = [
-        ", ".join(f"{name} {value}" for name, value in recipe.items()) + "\n",
-        "| variant | parameters | seeds | PSNR (dB) | SSIM |",
-        "|---|---|---|---|---|",
-    ]
+    """The results as a Markdown table: mean ± standard deviation over seeds, and the least."""
+    tiles = [str(tile) for tile in recipe["tiles"]]
+    columns = ["variant", "parameters", "seeds", "PSNR (dB)", "least", "SSIM", "training (s)"]
+    columns += [f"PSNR in tiles of {tile}" for tile in tiles]
+    lines = [", ".join(f"{name} {value}" for name, value in recipe.items()) + "\n"]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in VARIANTS:
         if of_variant := [row for row in rows if row["variant"] == name]:
             finished = [row for row in of_variant if None not in (row["psnr"], row["ssim"])]
             diverged = len(of_variant) - len(finished)
-            cells = [name, f"{of_variant[0]['parameters']:,}", str(len(finished)), "–", "–"]
+            cells = [name, f"{of_variant[0]['parameters']:,}", str(len(finished))]
             cells[2] += f", {diverged} diverged" if diverged else ""
             if finished:
-                cells[3] = plus_minus([row["psnr"] for row in finished], 3)
-                cells[4] = plus_minus([row["ssim"] for row in finished], 4)
+                psnrs, ssims, seconds = (
+                    [row[name] for row in finished] for name in ("psnr", "ssim", "train_seconds")
+                )
+                cells += [plus_minus(psnrs, 3), f"{min(psnrs):.3f}", plus_minus(ssims, 4)]
+                cells.append(f"{statistics.mean(seconds):.1f}")
+                cells += [plus_minus(in_tiles(finished, tile), 3) for tile in tiles]
+            cells += ["–"] * (len(columns) - len(cells))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def in_tiles(rows, tile):
+    return [row["psnr_in_tiles"][tile] for row in rows]
+
+
+def draw_tiles(rows, recipe):
+    """Figure: PSNR against the size of what the model sees at once, mean ± std over seeds."""
+    tiles = [str(tile) for tile in recipe["tiles"]]
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in VARIANTS:
+        of_variant = [row for row in rows if row["variant"] == name and row["psnr"] is not None]
+        if of_variant:
+            values = [in_tiles(of_variant, tile) for tile in tiles]
+            values.append([row["psnr"] for row in of_variant])
+            means, stds = zip(*map(spread, values), strict=True)
+            axis.errorbar(range(len(values)), means, stds, fmt=".-", capsize=3, label=name)
+    labels = [f"tiles of {tile}×{tile}" for tile in tiles] + ["whole images"]
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set(ylabel="PSNR (dB)", title=f"Trained on crops of {recipe['crop']}×{recipe['crop']}")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
 
 
 def replaced_parts(model, tokens):
@@ -124,24 +171,27 @@ def measure_replaced_parts(args):
     return 0
 
 
-def files_of(output):
-    """The JSON file and, named after it, the table.
+def files_of(output, tiles):
+    """The JSON file and, named after it, the table and, for tiles, the picture.
 
     Raises:
-        UserError: it is no .json, or the table is there without it: somebody else's.
+        UserError: it is no .json, or one of them is there without it: somebody else's.
     """
-    table = output.with_suffix(".md")
+    named_after = [output.with_suffix(end) for end in ((".md", ".png") if tiles else (".md",))]
     if output.suffix != ".json":
         raise UserError(f"--output {output}: name a .json file; the table stands beside it")
-    if os.path.exists(table) and not os.path.exists(output):
-        raise UserError(f"--output {output}: {table} is not of this study; name another file")
-    return output, table
+    for file in named_after:
+        if os.path.exists(file) and not os.path.exists(output):
+            raise UserError(f"--output {output}: {file} is not of this study; name another file")
+    return output, *named_after
 
 
 def write_results(files, recipe, rows):
     text = json.dumps({"recipe": recipe, "rows": rows}, indent=2)
     write_text(text + "\n", files[0])
     write_text(markdown(rows, recipe), files[1])
+    if recipe["tiles"]:
+        write_figure(draw_tiles(rows, recipe), files[2], dpi=150)
 
 
 def read_rows(output, recipe):
@@ -202,6 +252,15 @@ def parse_args():
         help="train nothing: test this model again with parts of it replaced, on the images and "
         "with the noise of its training unless others are named (default: none)",
     )
+    group.add_argument(
+        "--tiles",
+        type=number(int, 1, most=4096),
+        nargs="+",
+        default=[],
+        metavar="PIXELS",
+        help="also test on separate square tiles of these sides, for whole photographs, and draw "
+        "PSNR against their size (default: none)",
+    )
     add_output(parser, "ablation_study.json", "figures to write")
     return parser.parse_args()
 
@@ -210,23 +269,27 @@ def main():
     args = parse_args()
     if args.checkpoint is not None:
         return measure_replaced_parts(args)
-    recipe, files = recipe_of(args), files_of(Path(args.output))
+    recipe, files = recipe_of(args), files_of(Path(args.output), args.tiles)
     with locked(files):
         return run_study(args, recipe, files, select_device(args.device, args.threads))
 
 
 def run_study(args, recipe, files, device):
     """Trains what is not in the files yet; returns the exit code."""
+    if args.tiles and not recipe.crop:
+        raise UserError("--tiles are parts of whole photographs; add --recipe photographs")
     if recipe.noise_level[1] < 1e-4:
         raise UserError(f"--noise-level {recipe.noise_level[1]:g}: there is no noise to remove")
     source = load_images(args.dataset or "cifar10", args.data_dir, crop=recipe.crop)
     splits = noisy_splits(source, recipe.noise_level, recipe.lossless_share, not recipe.unclipped)
+    recipe = recipe.of_steps(splits[0])
     settings = {
         "dataset": source.name,
         "images_sha256": source.sha256(),
         "train_images": len(splits[0]),
         "test_images": len(splits[2]),
         **recipe.as_dict(),
+        "tiles": args.tiles,
     }
     for name in ("model", "seed"):
         del settings[name]  # every variant and seed has its own
@@ -235,10 +298,10 @@ def run_study(args, recipe, files, device):
     splits = (splits[0].to(device), *splits[1:])
     for seed, name in itertools.product(dict.fromkeys(args.seeds), args.variants):
         if (name, seed) not in done:
-            rows.append(measure(name, replace(recipe, seed=seed), splits))
+            rows.append(measure(name, replace(recipe, seed=seed), splits, args.tiles))
             write_results(files, settings, rows)
     write_results(files, settings, rows)
-    print(f"\n{markdown(rows, settings)}\nwrote {files[0]} and {files[1]}")
+    print(f"\n{markdown(rows, settings)}\nwrote {', '.join(map(str, files))}")
     return 0
 
 

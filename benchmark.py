@@ -11,16 +11,13 @@ median. Prints its tables and writes benchmark_results.json.
 
 import json
 import math
-import multiprocessing
 import platform
-import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
+import numpy as np
+import skimage.data
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,22 +25,40 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
-from denoising_experiment_proper import RECIPES, autocast, compiled, training_step
-from experiment.command_line import add_output, make_parser, select_device
-from experiment.cuda_graphs import WARM_UP_STEPS, ReplayedStep, replayed
-from experiment.evaluation import evaluate
+import topk_attention
+from denoising_experiment_proper import RECIPES, training_step
+from experiment.command_line import (
+    PHOTOGRAPH_CHECKPOINT,
+    add_output,
+    autocast,
+    make_parser,
+    select_device,
+)
+from experiment.cuda_graphs import (
+    WARM_UP_STEPS,
+    ReplayedModel,
+    ReplayedStep,
+    compiled,
+    replayed,
+)
+from experiment.evaluation import evaluate, psnr
 from experiment.image_sources import load_images
 from experiment.muon import make_optimizer
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from experiment.reference import straightforward_moe
 from experiment.run_files import check_writable, write_text
+from experiment.tiling import denoise
+from experiment.timing import alternate, measured_apart, peak_bytes, processor_name
 from experiment.user_errors import UserError, run_main
-from small_vit import MODELS, SmallViT
+from model_variants import DnCNN
+from small_vit import MODELS, SmallViT, load_model
 
 ROWS = (
     *("layer forward", "layer forward+backward", "training step", "inference"),
-    *("evaluation", "tokens"),
+    *("inference, 1,000 images", "evaluation", "tokens", "photograph", "tiles"),
 )
+PHOTOGRAPH = (321, 481)  # height and width of those of the field's first data set
+TILES = ((64, 16), (128, 16), (256, 16), (256, 32), (512, 32), (1024, 32))  # and overlaps
 TOKENS = (64, 256, 1024, 4096, 16384)
 MOST_GATHERED = 4096  # tokens; at 16,384 the straightforward layer takes tens of GiB
 
@@ -93,28 +108,6 @@ def make_variants(device, names=("this", "straightforward", "dense", "refined"))
     return variants
 
 
-def alternate(functions, effort, device):
-    """Median seconds of each function; they take turns, so that drift hits all alike."""
-
-    def round_of_all():
-        seconds = {}
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            seconds[name] = time.perf_counter() - started
-        return seconds
-
-    round_of_all()  # warm-up
-    rounds, started = [], time.perf_counter()
-    while len(rounds) < effort.rounds:
-        rounds.append(round_of_all())
-        if len(rounds) >= 3 and time.perf_counter() - started > effort.seconds:
-            break
-    return {name: statistics.median(r[name] for r in rounds) for name in functions}
-
-
 def tokens_of(model, images):
     """What the first layer of a model sees of images: [B, N, D]."""
     with torch.no_grad():
@@ -134,7 +127,8 @@ def both_passes(layer, tokens, in_dtype):
 
 def functions_of(row, variants, train_set, eval_set, effort, args):
     """What a row times, for each variant: ({name: function()}, images that each goes through)."""
-    noisy, clean, _ = next(train_set.shuffled_batches(effort.batch_size, args.seed, epoch=1))
+    batch_size = 1000 if row.endswith("1,000 images") else effort.batch_size
+    noisy, clean, _ = next(train_set.shuffled_batches(batch_size, args.seed, epoch=1))
     in_dtype = partial(autocast, noisy.device, args.dtype)
     functions = {}
     for name, model in variants.items():
@@ -145,11 +139,15 @@ def functions_of(row, variants, train_set, eval_set, effort, args):
             functions[name] = partial(passes, layer, tokens, in_dtype)
         elif row == "training step":
             functions[name] = partial(make_step(name, model, noisy, clean, args), noisy, clean)
-        elif row == "inference":
-            functions[name] = partial(forward_pass, model.eval(), noisy, in_dtype)
+        elif row.startswith("inference"):
+            passes = model.eval()
+            if name != "straightforward":
+                passes = ReplayedModel(compiled(model) if args.compile else model)
+            functions[name] = partial(forward_pass, passes, noisy, in_dtype)
+            functions[name]()  # a pass is recorded when it comes again
         else:
             functions[name] = partial(evaluate, model, eval_set)
-    if row == "evaluation":
+    if row == "evaluation" or (len(noisy) >= 1000 and noisy.device.type == "cpu"):
         del functions["straightforward"]  # takes minutes, and inference has a row of its own
     return functions, len(eval_set) if row == "evaluation" else len(noisy)
 
@@ -189,16 +187,7 @@ def measure_tokens(images, effort, device, args):
     for name in variants:
         lengths = [n for n in effort.tokens if name != "straightforward" or n <= MOST_GATHERED]
         parameters = (name, images.cpu().numpy(), lengths, device, args.dtype)
-        # A process of its own on a CPU, where memory that was freed would be taken again unseen.
-        if device.type != "cuda":
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                job = pool.submit(peak_memory, *parameters, torch.get_num_threads())
-                try:
-                    peaks[name] = job.result()
-                except BrokenProcessPool:  # as systems do where memory runs out
-                    raise UserError("measuring memory was ended; drop tokens from --rows") from None
-        else:
-            peaks[name] = peak_memory(*parameters)
+        peaks[name] = measured_apart(peak_memory, *parameters, device=device)
     columns = [f"{name} ({unit})" for unit in ("ms", "MiB") for name in variants]
     print(f"\n| tokens | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     rows = []
@@ -208,7 +197,7 @@ def measure_tokens(images, effort, device, args):
             if tokens in peaks[name]:
                 x = tokens_of(model, mosaic(images, tokens))
                 functions[name] = partial(both_passes, model.blocks[0].attention, x, in_dtype)
-        seconds = alternate(functions, effort, device)
+        seconds = alternate(functions, effort.rounds, effort.seconds, device)
         extra = {name: peaks[name][tokens] for name in functions}
         rows.append({"tokens": tokens, "seconds": seconds, "extra_bytes": extra})
         cells = [f"{1e3 * seconds[n]:.1f}" if n in seconds else "–" for n in variants]
@@ -217,7 +206,7 @@ def measure_tokens(images, effort, device, args):
     return rows
 
 
-def peak_memory(name, images, lengths, device, dtype, threads=None):
+def peak_memory(name, images, lengths, device, dtype, threads):
     """{length: peak extra bytes} of a variant's layer forward and backward; lengths ascend."""
     select_device(device.type, threads)
     model, images = make_variants(device, (name,))[name], torch.from_numpy(images).to(device)
@@ -233,26 +222,80 @@ def peak_memory(name, images, lengths, device, dtype, threads=None):
     return peaks
 
 
-def peak_bytes(device):
-    """Most memory so far: torch's on a CUDA device, else that of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except OSError:  # no Linux
-        import resource
+def noisy_photograph(name, size=None, sigma=25 / 255):
+    """(noisy, clean) float32 [h, w, 3] of a photograph inside scikit-image, unclipped."""
+    clean = getattr(skimage.data, name)().astype(np.float32) / 255
+    clean = np.ascontiguousarray(clean[: size[0], : size[1]]) if size else clean
+    noise = np.random.default_rng(0).standard_normal(clean.shape, dtype=np.float32)
+    return clean + np.float32(sigma) * noise, clean
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+DENOISERS = {
+    "photographs": lambda: SmallViT(MODELS["photographs"]),
+    "DnCNN of 20 layers": lambda: DnCNN(depth=20),
+}
+
+
+def peak_of_photograph(name, device, dtype, threads):
+    """Peak extra bytes of denoising a photograph, beyond those of a small image."""
+    select_device(device.type, threads)
+    model, (noisy, _) = DENOISERS[name]().to(device), noisy_photograph("astronaut", PHOTOGRAPH)
+    denoise(model, noisy[:32, :32], dtype=dtype)  # warm-up
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = peak_bytes(device)
+    denoise(model, noisy, dtype=dtype)
+    return peak_bytes(device) - start
+
+
+def measure_photograph(effort, device, args):
+    """Denoising a photograph by untrained models, the second of 64 channels: a dict for each."""
+    noisy, _ = noisy_photograph("astronaut", PHOTOGRAPH)
+    functions = {
+        name: partial(denoise, make().to(device), noisy, dtype=args.dtype)
+        for name, make in DENOISERS.items()
+    }
+    seconds = alternate(functions, effort.rounds, effort.seconds, device)
+    print("\n| a photograph of 481×321 | ms | ms per megapixel | peak MiB |\n|---|---|---|---|")
+    rows = []
+    for name in DENOISERS:
+        peak = measured_apart(peak_of_photograph, name, device, args.dtype, device=device)
+        rows.append({"model": name, "seconds": seconds[name], "extra_bytes": peak})
+        ms, megapixels = 1e3 * seconds[name], math.prod(PHOTOGRAPH) / 1e6
+        print(f"| {name} | {ms:.1f} | {ms / megapixels:,.0f} | {peak / 2**20:,.0f} |", flush=True)
+    return rows
+
+
+def measure_tiles(device, args):
+    """Decibels against seconds of tiles and their overlap, by the shipped model."""
+    model = load_model(PHOTOGRAPH_CHECKPOINT).to(device)
+    photographs = [noisy_photograph(name) for name in ("astronaut", "coffee", "rocket")]
+    print("\n| tile | overlap | PSNR (dB) | seconds |\n|---|---|---|---|")
+    rows = []
+    for tile, overlap in TILES:
+        started = time.perf_counter()
+        restored = [denoise(model, noisy, tile, overlap, args.dtype) for noisy, _ in photographs]
+        seconds = time.perf_counter() - started
+        pairs = zip(restored, photographs, strict=True)
+        decibels = float(np.mean([psnr(image, clean) for image, (_, clean) in pairs]))
+        rows.append({"tile": tile, "overlap": overlap, "psnr": decibels, "seconds": seconds})
+        print(f"| {tile} | {overlap} | {decibels:.3f} | {seconds:.2f} |", flush=True)
+    return rows
 
 
 def count_flops(function, *inputs):
     """FLOPs of all matrix products and convolutions, two per multiply-add."""
     if isinstance(function, partial) and isinstance(function.func, ReplayedStep):
         function = partial(function.func.step, *function.args)  # a replay calls no operator
+    if isinstance(function, partial) and isinstance(function.args[0], ReplayedModel):
+        function = partial(function.func, function.args[0].model, *function.args[1:])
     eager = torch.compiler.set_stance("force_eager")  # the counter sees no compiled operator
     with eager, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function(*inputs)
+        used, topk_attention.USE_KERNEL = topk_attention.USE_KERNEL, False  # nor a kernel
+        try:
+            function(*inputs)
+        finally:
+            topk_attention.USE_KERNEL = used
     return counter.get_total_flops()
 
 
@@ -278,7 +321,7 @@ def parse_args():
         action="store_true",
         help="2 rounds, fewer images, at most 1,024 tokens: about a minute (default: no)",
     )
-    add_output(parser, "benchmark_results.json", "figures to write")
+    add_output(parser, "benchmark_results.json", "figures to write, in place of earlier ones")
     return parser.parse_args()
 
 
@@ -307,7 +350,7 @@ def main():
         print(f"{name:<18} {value}")
 
     results = {"machine": machine, "rows": [], "tokens": []}
-    rows = [row for row in args.rows if row != "tokens"]
+    rows = [row for row in args.rows if row not in ("tokens", "photograph", "tiles")]
     if rows:
         columns = [f"{name} (ms)" for name in variants]
         columns += ["times faster", "this, images/s", "part of the matmul rate"]
@@ -317,6 +360,10 @@ def main():
     if "tokens" in args.rows:
         images = next(train_set.shuffled_batches(256, args.seed, epoch=1))[0]
         results["tokens"] = measure_tokens(images, effort, device, args)
+    if "photograph" in args.rows:
+        results["photograph"] = measure_photograph(effort, device, args)
+    if "tiles" in args.rows:
+        results["tiles"] = measure_tiles(device, args)
     write_text(json.dumps(results, indent=2) + "\n", args.output)
     print(f"\nwrote {args.output}")
     return 0
@@ -329,7 +376,8 @@ def measure(row, variants, train_set, eval_set, effort, args):
     dtype = getattr(torch, args.dtype)
     side = 8192 if train_set.device.type == "cuda" else 1024  # small ones time the launch alone
     a, b = torch.randn(2, side, side, device=train_set.device, dtype=dtype)
-    seconds = alternate({**functions, "matmul": lambda: a @ b}, effort, train_set.device)
+    functions["matmul"] = lambda: a @ b
+    seconds = alternate(functions, effort.rounds, effort.seconds, train_set.device)
     result = {"row": row, "images": images, "matmul_gflops": 2e-9 * side**3 / seconds["matmul"]}
     del seconds["matmul"]
     result |= {"seconds": seconds, "images_per_second": images / seconds["this"]}
@@ -344,15 +392,6 @@ def measure(row, variants, train_set, eval_set, effort, args):
     cells.append(f"{result['part_of_rate']:.0%}" if "part_of_rate" in result else "–")
     print(f"| {row} ({images:,} images) | {' | '.join(cells)} |", flush=True)
     return result
-
-
-def processor_name():
-    """The CPU's name as Linux, or else Python, tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -22,14 +22,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiment.checkpoints import read_checkpoint
-from experiment.command_line import make_parser, number, select_device
+from experiment.command_line import (
+    PHOTOGRAPH_CHECKPOINT,
+    make_parser,
+    number,
+    select_device,
+)
 from experiment.photo_files import FORMATS, read_photo, write_photo
 from experiment.run_files import place_of, write_figure
 from experiment.tiling import OVERLAP, TILE, denoise, estimate_noise, middle
 from experiment.user_errors import UserError, printable, run_main
 from small_vit import build_model
 
-CHECKPOINT = Path(__file__).with_name("models") / "photographs.pt"
 SUFFIX = "_denoised"
 
 
@@ -134,7 +138,7 @@ def parse_args():
         "python denoise_image.py holiday/*.jpg --output clean/",
         *("checkpoint", "device", "threads", "dtype"),
     )
-    parser.set_defaults(checkpoint=str(CHECKPOINT))
+    parser.set_defaults(checkpoint=str(PHOTOGRAPH_CHECKPOINT))
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or wildcards")
     group = parser.add_argument_group("output")
     group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")

@@ -6,7 +6,7 @@
 Read it from top to bottom: the recipe, a training step, the loop, the experiment in four stages.
 """
 
-import logging
+import itertools
 import math
 import os
 import time
@@ -23,9 +23,16 @@ from tqdm import tqdm
 
 from adaptive_attention_moe import load_balancing_loss
 from experiment.checkpoints import read_run, restore_optimizer, save_run, write_checkpoint
-from experiment.command_line import PUBLISHED_CHECKPOINT, add_output, make_parser, select_device
-from experiment.cuda_graphs import replayed
+from experiment.command_line import (
+    PUBLISHED_CHECKPOINT,
+    add_output,
+    autocast,
+    make_parser,
+    select_device,
+)
+from experiment.cuda_graphs import ReplayedModel, compiled, replayed
 from experiment.data_parallel import (
+    check_shares,
     joined,
     my_share,
     rank,
@@ -55,6 +62,7 @@ __all__ = ["NoisyImageDataset", "SmallViT", "evaluate", "load_model", "train", "
 PSNR_WEIGHT = 1e-3  # with it, 1 dB near 23 dB weighs what it weighs in the mean squared error
 PSNR_EPS = 1e-5  # an MSE of 50 dB; bounds the gradient of the logarithm
 CLIP_NORM = 1.0
+WARM_UP = 0.1  # part of all steps
 STEPS_PER_READ = 50  # reading a loss for the progress bar makes the CPU wait for a GPU
 
 # The recipe ----------------------------------------------------------------------------------
@@ -65,7 +73,11 @@ class Recipe:
     """What decides the result of a training besides the images; the defaults are as published."""
 
     model: str = "published"  # of MODELS
-    epochs: int = 30  # over which the learning rate falls to 0 as a cosine, once per epoch
+    epochs: int = 30
+    steps: int | None = None  # of the training; the epochs are then as many as they take
+    # Of the learning rate: "epoch", a cosine to 0 that falls once per epoch, as published, or
+    # "step", WARM_UP of all steps upwards and then straight down to 0, a little in every step.
+    schedule: str = "epoch"
     batch_size: int = 64  # images per step, of all processes together
     optimizer: str = "adamw"  # or "muon"
     lr: float = 1e-3  # at the start
@@ -83,6 +95,11 @@ class Recipe:
     seed: int = 42  # of initialisation, split, data order and training noise
     dtype: str = "float32"  # of matrix products, or "bfloat16"
 
+    def of_steps(self, train_set):
+        """The same with the epochs that its steps take, if it has any."""
+        epochs = self.steps and math.ceil(self.steps / train_set.steps_per_epoch(self.batch_size))
+        return replace(self, epochs=epochs or self.epochs)
+
     def as_dict(self):
         """Plain values that torch.save and JSON give back as they were."""
         return asdict(self) | {"noise_level": list(self.noise_level)}
@@ -94,12 +111,17 @@ RECIPES = {
         model="refined", optimizer="muon", lr=4e-3, weight_decay=0.04, loss="psnr", flip=True
     ),
 }
+# The published quality in about a minute on 2 CPU cores.
+RECIPES["quick"] = replace(
+    RECIPES["refined"], model="quick", steps=1050, schedule="step", batch_size=16, lr=6e-3
+)
 # Blind to the noise's level, for whole photographs and the field's benchmarks.
 RECIPES["photographs"] = replace(
     RECIPES["refined"],
     model="photographs",
+    epochs=24,
     batch_size=16,
-    crop=64,
+    crop=96,
     transpose=True,
     noise_level=(0.01, 0.3),
     unclipped=True,
@@ -107,18 +129,17 @@ RECIPES["photographs"] = replace(
 
 
 def recipe_of(args):
-    """The Recipe that a command line asks for."""
+    """The Recipe that a command line asks for, or a UserError."""
     given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     changes = {name: value for name, value in given.items() if value is not None}
+    if "epochs" in changes:
+        if "steps" in changes:
+            raise UserError("--epochs and --steps both say how long to train; name one of them")
+        changes["steps"] = None
     return replace(RECIPES[args.recipe], **changes)
 
 
 # A step --------------------------------------------------------------------------------------
-
-
-def autocast(device, dtype):
-    """Context in which matrix products run in `dtype` (a name); float32 leaves all as it is."""
-    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def training_step(model, optimizer, noisy, clean, recipe):
@@ -158,7 +179,7 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
     Args:
         model: denoiser on the device of train_set.
         train_set, val_set: NoisyImageDataset.
-        recipe: Recipe.
+        recipe: Recipe, with the epochs that its steps take.
         files: RunFiles to write after every epoch; None writes nothing.
         about: dict of what the checkpoint says besides weights, epoch and validation MSE.
         state: what an earlier run returned, or left in files.resume, to go on from.
@@ -188,13 +209,13 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
     step = replayed(partial(training_step, fast, optimizer, recipe=recipe), optimizer)
     odd_step = partial(training_step, model, optimizer, recipe=recipe)
 
-    validation = validation_batches(val_set, device)
+    validation, passes = validation_batches(val_set, device), ReplayedModel(model)
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         # One pass over the images; losses are summed where they arise
-        lr = set_learning_rate(optimizer, recipe, epoch)
         model.train()
         started, sums, images = time.perf_counter(), torch.zeros(2, device=device), 0
-        for noisy, clean, _ in progress(train_set, recipe, epoch, sums):
+        for number, (noisy, clean, _) in progress(train_set, recipe, epoch, sums):
+            lr = set_learning_rate(optimizer, recipe, number, train_set)
             take = step if len(clean) == whole else odd_step
             sums += len(clean) * take(noisy, clean)
             images += len(clean) * world_size()
@@ -202,7 +223,7 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
         seconds = time.perf_counter() - started + (history[-1]["seconds"] if history else 0)
 
         # Validation; the best epoch is kept
-        val_mse = validation_mse(model, validation)
+        val_mse = validation_mse(passes, validation)
         row = {"epoch": epoch, "train_mse": train_mse, "val_mse": val_mse, "balance_loss": balance}
         check_finite(row, best, files)
         history.append(row | {"lr": lr, "seconds": seconds})
@@ -220,15 +241,18 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
 
 
 def progress(train_set, recipe, epoch, sums):
-    """This process's batches of an epoch, with a progress bar that reads the loss out of `sums`."""
+    """(step, batch) of this process, steps counted over all epochs; the bar reads `sums`."""
+    per_epoch = train_set.steps_per_epoch(recipe.batch_size)
+    first = (epoch - 1) * per_epoch
+    count = min(per_epoch, (recipe.steps or math.inf) - first)
     batches = train_set.shuffled_batches(
         *(recipe.batch_size, recipe.seed, epoch, recipe.lossless_share),
         *(recipe.flip, recipe.transpose, recipe.crop),
     )
     bar = tqdm(
-        my_share(batches, recipe.batch_size),
+        itertools.islice(my_share(batches, recipe.batch_size), count),
         f"epoch {epoch}/{recipe.epochs}",
-        math.ceil(train_set.epoch_size / recipe.batch_size),
+        count,
         unit="step",
         leave=False,
         disable=True if rank() else None,
@@ -236,15 +260,29 @@ def progress(train_set, recipe, epoch, sums):
     )
     images = 0
     for step, batch in enumerate(bar, 1):
-        yield batch
+        yield first + step - 1, batch
         images += len(batch[0])
         if not bar.disable and step % STEPS_PER_READ == 0:
             bar.set_postfix_str(f"mse {sums[0].item() / images:.4f}")
 
 
-def set_learning_rate(optimizer, recipe, epoch):
-    """Sets and returns that of an epoch: a cosine from recipe.lr to 0, the same for an epoch."""
-    lr = recipe.lr * (1 + math.cos(math.pi * (epoch - 1) / recipe.epochs)) / 2
+def print_epoch(row):
+    print(
+        f"epoch {row['epoch']:3d}  train {row['train_mse']:.5f}  val {row['val_mse']:.5f} "
+        f"({psnr_of(row['val_mse']):.2f} dB)  lr {row['lr']:.1e}  {row['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def set_learning_rate(optimizer, recipe, step, train_set):
+    """Sets and returns that of a step, counted from 0: see Recipe.schedule."""
+    per_epoch = train_set.steps_per_epoch(recipe.batch_size)
+    if recipe.schedule == "epoch":
+        lr = recipe.lr * (1 + math.cos(math.pi * (step // per_epoch) / recipe.epochs)) / 2
+    else:
+        total = recipe.steps or recipe.epochs * per_epoch
+        up, down = (step + 1) / (WARM_UP * total), (total - step) / ((1 - WARM_UP) * total)
+        lr = recipe.lr * min(1, up, down)
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
@@ -262,28 +300,6 @@ def check_finite(row, best, files):
             f"the loss is not finite in epoch {row['epoch']} (training {row['train_mse']:g}, "
             f"validation {row['val_mse']:g}); {kept or 'no epoch is kept'}; try a smaller --lr"
         )
-
-
-def print_epoch(row):
-    print(
-        f"epoch {row['epoch']:3d}  train {row['train_mse']:.5f}  val {row['val_mse']:.5f} "
-        f"({psnr_of(row['val_mse']):.2f} dB)  lr {row['lr']:.1e}  {row['seconds']:.0f} s",
-        flush=True,
-    )
-
-
-def compiled(model):
-    """The model as torch.compile makes it; where that fails, which is said, as it is."""
-    torch._dynamo.config.suppress_errors = True
-    said = []
-
-    def in_one_sentence(record):  # in place of a traceback for every function of the model
-        if not said and record.levelno >= logging.WARNING:
-            said.append(print("torch.compile does not work here; going on without it", flush=True))
-        return False
-
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(in_one_sentence)
-    return torch.compile(model, dynamic=False)
 
 
 # The experiment ------------------------------------------------------------------------------
@@ -331,7 +347,8 @@ def run_experiment(args, recipe, files, device):
     train_set, val_set, test_set = noisy_splits(
         source, recipe.noise_level, recipe.lossless_share, not recipe.unclipped
     )
-    check_shares(recipe, train_set)
+    check_shares(recipe.batch_size, train_set.epoch_size)
+    recipe = recipe.of_steps(train_set)
 
     # Model
     torch.manual_seed(recipe.seed)
@@ -376,16 +393,6 @@ def run_experiment(args, recipe, files, device):
     print(f"wrote {files.checkpoint}, {files.history} and {files.curve}")
     print(result_line(result.psnr, result.ssim, source.name))
     return 0
-
-
-def check_shares(recipe, train_set):
-    """Raises UserError where the processes of torchrun cannot take equal shares of a batch."""
-    processes, images = world_size(), recipe.batch_size
-    if processes > 1 and (images % processes or images > train_set.epoch_size):
-        raise UserError(
-            f"--batch-size {images} for {processes} processes and {train_set.epoch_size:,} "
-            "training images: it has to be a multiple of the first and at most the second"
-        )
 
 
 if __name__ == "__main__":

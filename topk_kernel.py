@@ -52,11 +52,11 @@ class _TopKAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, k_attend):
         query, key, value, stride = _in_one_layout(query, key, value)
         batch, heads, queries, d_head = query.shape
-        out = _packed(torch.empty_like(query))
+        out = _new(query)
         threshold = query.new_empty(batch, heads, queries, dtype=torch.float32)
         log_sum = torch.empty_like(threshold)
         counts = (stride, heads, queries, key.shape[2])
-        _forward[(triton.cdiv(queries, ROWS), batch * heads)](
+        _forward[(batch * heads, triton.cdiv(queries, ROWS))](
             *(query, key, value, out, threshold, log_sum, *counts, k_attend, d_head**-0.5),
             **_sizes(key),
         )
@@ -68,13 +68,19 @@ class _TopKAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         query, key, value, out, threshold, log_sum = ctx.saved_tensors
-        grads = [_packed(torch.empty_like(t)) for t in (query, key, value)]
+        grads = list(map(_new, (query, key, value)))
         _backward[(query.shape[0] * query.shape[1],)](
             *(query, key, value, out, _packed(grad), *grads, threshold, log_sum),
             *(*ctx.counts, query.shape[3] ** -0.5),
             **_sizes(key),
         )
         return *grads, None
+
+
+def _new(t):
+    """Like t, without values, and packed."""
+    batch, heads, tokens, d_head = t.shape
+    return t.new_empty(batch, tokens, heads, d_head).transpose(1, 2)
 
 
 def _packed(t):
@@ -130,8 +136,8 @@ if triton is not None:
         Q, K, V, OUT, THRESHOLD, LOG_SUM, stride, heads, queries, keys, k_attend, scale,
         D: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+        rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         columns = tl.arange(0, KEYS)
         q = _tile(Q + batch * queries * stride + head * D, rows, stride, queries, D)
         k = _tile(K + batch * keys * stride + head * D, columns, stride, keys, D)
@@ -156,7 +162,7 @@ if triton is not None:
         total = tl.sum(weights, 1)
         out = tl.dot(weights / total[:, None], v, input_precision=PRECISION)
         _store(OUT + (batch * queries * heads + head) * D, rows, heads * D, queries, out, D)
-        places = tl.program_id(1) * queries + rows
+        places = tl.program_id(0) * queries + rows
         tl.store(THRESHOLD + places, threshold, mask=rows < queries)
         tl.store(LOG_SUM + places, best + tl.log(total), mask=rows < queries)
 
@@ -166,7 +172,7 @@ if triton is not None:
         stride, heads, queries, keys, scale,
         D: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+        batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
         columns = tl.arange(0, KEYS)
         k = _tile(K + batch * keys * stride + head * D, columns, stride, keys, D)
         v = _tile(V + batch * keys * stride + head * D, columns, stride, keys, D)

@@ -134,7 +134,9 @@ def main():
         "python visualize_proper_results.py --checkpoint photos.pt --output photos.png",
         *("checkpoint", "dataset", "data-dir", "noise-level", "device", "threads"),
     )
-    add_output(parser, "denoising_visualization_proper.png", "picture to write")
+    add_output(
+        parser, "denoising_visualization_proper.png", "picture to write, in place of an earlier one"
+    )
     args = parser.parse_args()
     output = Path(args.output)
     table = output.with_name(f"{output.stem}_images.csv")

@@ -119,7 +119,9 @@ def main():
         "python visualize_training_data.py --dataset photos",
         *("dataset", "data-dir", "noise-level", "seed"),
     )
-    add_output(parser, "training_data_verification.png", "picture to write")
+    add_output(
+        parser, "training_data_verification.png", "picture to write, in place of an earlier one"
+    )
     args = parser.parse_args()
     check_picture(args.output)
     source = load_images(args.dataset, args.data_dir, args.seed)

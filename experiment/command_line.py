@@ -12,6 +12,7 @@ import torch
 from experiment.user_errors import UserError
 
 PUBLISHED_CHECKPOINT = "best_denoising_model_proper.pt"
+PHOTOGRAPH_CHECKPOINT = Path(__file__).parent.parent / "models" / "photographs.pt"
 LEAST_NOISE = 1e-6  # σ below which float32 images hardly change
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -76,7 +77,10 @@ OPTIONS = {
             "or a folder with train/ and test/ image files (default: cifar10)",
         ),
         "data-dir": dict(
-            default="./data", metavar="DIR", help="where CIFAR-10 is or gets downloaded to"
+            default="./data",
+            metavar="DIR",
+            help="where CIFAR-10 is or gets downloaded to, and where the decoded images of a "
+            "large folder are kept",
         ),
         "noise-level": dict(
             type=number(ratio, 0, most=1000),
@@ -102,11 +106,17 @@ OPTIONS = {
         "recipe": dict(
             default="published",
             help="published: that of the original; refined: a convolutional encoder and decoder "
-            "around the same blocks, trained by Muon; photographs: whole photographs with noise "
-            "of any level up to 0.3",
+            "around the same blocks, trained by Muon; quick: a smaller one, trained in a minute; "
+            "photographs: whole photographs with noise of any level up to 0.3",
         ),
         "model": dict(help="architecture"),
         "epochs": dict(type=number(int, 1), help="passes over the training images"),
+        "steps": dict(type=number(int, 1), help="steps to train for, in place of --epochs"),
+        "schedule": dict(
+            choices=["epoch", "step"],
+            help="of the learning rate: a cosine that falls once per epoch, or a warm-up and a "
+            "straight line to 0, in every step",
+        ),
         "batch-size": dict(type=number(int, 1), help="images per step"),
         "optimizer": dict(
             choices=["adamw", "muon"], help="muon orthogonalises the momentum of matrices"
@@ -248,6 +258,11 @@ def select_device(name, threads=None):
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)
+
+
+def autocast(device, dtype):
+    """Context in which matrix products run in `dtype` (a name); float32 leaves all as it is."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def keep_freed_memory():

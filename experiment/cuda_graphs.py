@@ -1,9 +1,11 @@
-"""Training steps recorded as a CUDA graph: the GPU starts hundreds of kernels at one command.
+"""Steps and passes recorded as CUDA graphs: the GPU starts hundreds of kernels at one command.
 
 Starting the 400 to 1,000 of a step one by one takes a CPU several times longer than they run.
+torch.compile, which makes fewer of them, stands here as well.
 """
 
 import contextlib
+import logging
 
 import torch
 from tqdm import tqdm
@@ -11,6 +13,7 @@ from tqdm import tqdm
 from experiment.data_parallel import world_size
 
 WARM_UP_STEPS = 3  # in which libraries set themselves up, which cannot be recorded
+MOST_SHAPES = 4  # of batches whose passes are kept; each holds the memory of one
 
 
 def replayed(step, optimizer):
@@ -80,6 +83,74 @@ class ReplayedStep:
             return False
         self.graph = graph
         return True
+
+
+class ReplayedModel:
+    """A model's passes without gradients, replayed on a CUDA device, elsewhere as they come.
+
+    A pass is recorded when a shape of batches comes for the second time, in one dtype; of
+    MOST_SHAPES the one that was longest unused is dropped. What cannot be recorded is left to the
+    model. Weights may be changed in place between passes, but not replaced.
+
+    Args:
+        model: denoiser, in evaluation mode whenever this is called.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.passes = {}  # by shape and dtype: the recorded one, None before, False if it fails
+
+    def eval(self):
+        self.model.eval()
+        return self
+
+    def __call__(self, noisy):
+        """As the model itself; the results are the caller's."""
+        if not noisy.is_cuda:
+            return self.model(noisy)
+        key = (noisy.shape, torch.is_autocast_enabled("cuda"))
+        recorded = self.passes.get(key)
+        if key in self.passes and recorded is None:
+            recorded = self._record(noisy)
+        self.passes.pop(key, None)
+        self.passes[key] = recorded  # the last of the dict is the last that was used
+        if len(self.passes) > MOST_SHAPES:
+            del self.passes[next(iter(self.passes))]
+        if not recorded:
+            return self.model(noisy)
+        graph, held, (image, routings) = recorded
+        held.copy_(noisy)
+        graph.replay()
+        return image.clone(), [routing.clone() for routing in routings]
+
+    def _record(self, noisy):
+        """(graph, its input, its results), or False."""
+        held, graph, stream = noisy.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        before = torch.cuda.current_stream()
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):
+                self.model(held)  # where it is recorded, too, libraries set themselves up
+            with torch.cuda.graph(graph, stream=stream):
+                results = self.model(held)
+        except Exception:  # long sequences count ties, for which the CPU has to wait
+            torch.cuda.set_stream(before)
+            return False
+        return graph, held, results
+
+
+def compiled(model):
+    """The model as torch.compile makes it; where that fails, which is said, as it is."""
+    torch._dynamo.config.suppress_errors = True
+    said = []
+
+    def in_one_sentence(record):  # in place of a traceback for every function of the model
+        if not said and record.levelno >= logging.WARNING:
+            said.append(print("torch.compile does not work here; going on without it", flush=True))
+        return False
+
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(in_one_sentence)
+    return torch.compile(model, dynamic=False)
 
 
 @contextlib.contextmanager

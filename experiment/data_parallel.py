@@ -54,6 +54,16 @@ def my_share(batches, batch_size):
             yield [tensor[rank() :: world_size()] for tensor in batch]
 
 
+def check_shares(batch_size, images):
+    """Raises UserError where the processes cannot take equal shares of batches out of `images`."""
+    processes = world_size()
+    if processes > 1 and (batch_size % processes or batch_size > images):
+        raise UserError(
+            f"--batch-size {batch_size} for {processes} processes and {images:,} training images: "
+            "it has to be a multiple of the first and at most the second"
+        )
+
+
 def sum_over_processes(tensor):
     if world_size() > 1:
         dist.all_reduce(tensor)

@@ -4,7 +4,6 @@ A denoiser is any module that maps noisy images [B, 3, h, w] to a tuple of image
 a list of routing probabilities [B, N, E], empty where nothing is routed.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -15,10 +14,11 @@ from matplotlib import pyplot as plt
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
+from experiment.cuda_graphs import ReplayedModel
 from experiment.noisy_images import noise_text
 
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
-NOISE_LEVEL_IMAGES = 1024  # at most, the first of the test set
+NOISE_LEVEL_PIXELS = 2**20  # of the first images of the test set: 1,024 thumbnails
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Evaluation:
     mse: float  # over all pixels
     noisy_psnr: np.ndarray  # float64 [n], dB
     psnr: np.ndarray  # float64 [n], dB, of the denoised images
+    psnr_8_bits: np.ndarray  # the same, of the denoised images rounded to the values of a file
     ssim: np.ndarray  # float64 [n], of the denoised images
     utilisation: np.ndarray  # float32 [blocks, E], mean routing probability of each expert
 
@@ -90,7 +91,7 @@ def validation_mse(model, batches):
     """Mean squared error over all pixels.
 
     Args:
-        model: denoiser; it is left in evaluation mode.
+        model: denoiser, or a ReplayedModel of it; it is left in evaluation mode.
         batches: of `validation_batches`, on the device of the model.
     """
     model.eval()
@@ -111,15 +112,17 @@ def evaluate(model, dataset):
         Evaluation.
     """
     device, squared_error, scores, load = next(model.parameters()).device, 0.0, [], 0.0
-    model.eval()
+    passes = ReplayedModel(model).eval()
     with tqdm(total=len(dataset), desc="testing", unit="img", leave=False, disable=None) as bar:
         for noisy, clean, _ in eval_batches(dataset, device):
             with torch.inference_mode():
-                restored, routings = model(noisy.to(device))
+                restored, routings = passes(noisy.to(device))
             restored = restored.cpu()
             squared_error += F.mse_loss(restored, clean).item() * len(clean)
             for x, y, target in zip(noisy.numpy(), restored.numpy(), clean.numpy(), strict=True):
-                scores.append((psnr(x, target), psnr(y, target), ssim(y, target)))
+                rounded = (255 * y).round() / 255
+                psnrs = (psnr(image, target) for image in (x, y, rounded))
+                scores.append((*psnrs, ssim(y, target)))
             if routings:
                 load += torch.stack([r.mean(1).sum(0) for r in routings]).cpu().numpy()
             bar.update(len(clean))
@@ -138,10 +141,10 @@ def psnr_against_noise(model, test_set):
     Returns:
         list of (σ, PSNR of the noisy images, PSNR of the denoised ones).
     """
-    first, rows = copy.copy(test_set), []
-    first.split = test_set.split[:NOISE_LEVEL_IMAGES]
+    pixels = np.cumsum([image.shape[1] * image.shape[2] for image in test_set.split.images])
+    count, rows = max(1, int((pixels <= NOISE_LEVEL_PIXELS).sum())), []
     for noise_level in NOISE_LEVELS:
-        result = evaluate(model, first.at(noise_level))
+        result = evaluate(model, test_set.at(noise_level, count))
         rows.append((noise_level, float(result.noisy_psnr.mean()), float(result.psnr.mean())))
     return rows
 

@@ -1,5 +1,7 @@
 """Clean images with Gaussian noise: what training, validation and test see."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -57,9 +59,10 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         """The same data set on another device."""
         return NoisyImageDataset(self.split, self.noise_range, self.stream, device, self.clipped)
 
-    def at(self, noise_level):
-        """The same images with noise of another σ."""
-        return NoisyImageDataset(self.split, noise_level, self.stream, self.device, self.clipped)
+    def at(self, noise_level, count=None):
+        """The same images, or the first of them, with noise of another σ."""
+        split = self.split[:count]
+        return NoisyImageDataset(split, noise_level, self.stream, self.device, self.clipped)
 
     def __len__(self):
         return len(self.split)
@@ -68,6 +71,9 @@ class NoisyImageDataset(torch.utils.data.Dataset):
     def epoch_size(self):
         """Training samples of an epoch: every image once, but many crops of a whole photograph."""
         return len(self) * (CROPS_PER_PHOTOGRAPH if self.whole else 1)
+
+    def steps_per_epoch(self, batch_size):
+        return math.ceil(self.epoch_size / batch_size)
 
     def __getitem__(self, index):
         """(noisy, clean, label): float32 [3, h, w] twice, clean in [0, 1], and a scalar int64."""

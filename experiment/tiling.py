@@ -7,6 +7,9 @@ import torch
 from skimage.restoration import estimate_sigma
 from tqdm import tqdm
 
+from experiment.command_line import autocast
+from experiment.cuda_graphs import ReplayedModel
+
 TILE, OVERLAP = 512, 32  # pixels
 PROBE = 1024  # side of the largest part whose noise is estimated, pixels
 
@@ -42,13 +45,14 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
         raise ValueError(f"overlap must be in 1 … tile - 1, got tile={tile}, overlap={overlap}")
     pixels = image.reshape(*image.shape[:2], -1)
     sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
+    passes = ReplayedModel(model).eval()
     rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
     restored, unfinished = np.empty_like(pixels), torch.zeros(0, *pixels.shape[1:])
     bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None)
     for number, (rows_of, fade) in enumerate(rows):
         band = torch.zeros(rows_of.stop - rows_of.start, *pixels.shape[1:])  # [rows, w, C]
         for columns_of, fade_across in columns:
-            part = restore_tile(model, pixels[rows_of, columns_of], dtype, strength, sigma)
+            part = restore_tile(passes, pixels[rows_of, columns_of], dtype, strength, sigma)
             band[:, columns_of] += fade_across[:, None] * part
             bar.update()
         band *= fade[:, None, None]
@@ -75,14 +79,14 @@ def windows(size, tile, overlap):
 
 
 @torch.inference_mode()
-def restore_tile(model, part, dtype, strength, sigma):
+def restore_tile(passes, part, dtype, strength, sigma):
     """[h, w, C] of a stored dtype -> float32 [h, w, C] in [0, 1] on the CPU.
 
     The noise of a grey image would be the same in all three colours, which the model has never
     seen and takes for structure. Noise that sums to zero over the colours makes it independent,
     with √3 σ for each, and drops out of their mean.
     """
-    device = next(model.parameters()).device
+    device = next(passes.model.parameters()).device
     scale = 1 if part.dtype == np.float32 else np.iinfo(part.dtype).max
     before = torch.from_numpy(part.astype(np.float32) / scale)
     noisy = before.permute(2, 0, 1).expand(3, -1, -1).unsqueeze(0)  # grey as three colours
@@ -90,8 +94,8 @@ def restore_tile(model, part, dtype, strength, sigma):
         colours = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(0))
         noisy = noisy + 3**0.5 * sigma * (colours - colours.mean(1, keepdim=True))
     noisy = noisy.contiguous().to(device)
-    with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        image = model.eval()(noisy)[0][0].float().cpu().permute(1, 2, 0)
+    with autocast(device, dtype):
+        image = passes(noisy)[0][0].float().cpu().permute(1, 2, 0)
     image = image if part.shape[2] == 3 else image.mean(2, keepdim=True)
     return before.lerp(image, strength) if strength < 1 else image
 
