@@ -14,7 +14,8 @@ from tqdm import tqdm
 from experiment.command_line import make_parser, number, ratio
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, ssim
 from experiment.noisy_images import noise_text
-from experiment.user_errors import run_main
+from experiment.tiling import OVERLAP, Tiled
+from experiment.user_errors import UserError, run_main
 from small_vit import load_for_evaluation
 
 STEP, MOST_STEPS = 1.25, 20  # between strengths beyond the lists, and how many of them
@@ -121,11 +122,21 @@ def main():
         "25/255 (default: the training's)",
     )
     group.add_argument(
+        "--tile",
+        type=number(int, OVERLAP + 1),
+        metavar="PIXELS",
+        help="restore whole photographs in tiles of this side, as denoise_image.py does (default: "
+        "as one)",
+    )
+    group.add_argument(
         "--model-only", action="store_true", help="leave the classical methods out (default: no)"
     )
     args = parser.parse_args()
     levels, args.noise_level = args.noise_level, None
     _, model, source, (*_, test_set) = load_for_evaluation(args)
+    if args.tile and not test_set.whole:
+        raise UserError("--tile is for whole photographs; the test images here are thumbnails")
+    model = Tiled(model, args.tile) if args.tile else model
     for sigma in levels or test_set.noise_range[:1]:
         dataset = test_set.at(sigma)
         kind = "" if dataset.clipped else ", unclipped"

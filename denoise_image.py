@@ -157,8 +157,8 @@ def parse_args():
         type=number(int, OVERLAP + 1),
         default=TILE,
         metavar="PIXELS",
-        help=f"side of the tiles of large images, above their overlap of {OVERLAP}: memory and "
-        f"time fall with it (default: {TILE})",
+        help=f"side of the tiles of large images, above their overlap of {OVERLAP}: memory "
+        f"grows with it (default: {TILE})",
     )
     return parser.parse_args()
 

@@ -18,14 +18,14 @@ import debug_evaluation
 import denoise_image
 import denoising_experiment_proper as experiment
 import visualize_proper_results
-from conftest import assert_refused, interrupted_in_epoch, run_here, write_images
-from experiment import noisy_images
+from conftest import ROOT, assert_refused, interrupted_in_epoch, run_here, write_images
+from experiment import noisy_images, tiling
 from experiment.command_line import PHOTOGRAPH_CHECKPOINT
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
 from experiment.photo_files import read_photo
 from experiment.tiling import OVERLAP, denoise, windows
-from small_vit import MODELS, SmallViT, load_model
+from small_vit import load_model
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -69,10 +69,6 @@ def noisy_photo(height=100, width=130, sigma=25):
 
 
 # Training ------------------------------------------------------------------------------------
-
-
-def test_a_model_for_photographs_keeps_the_budget():
-    assert sum(p.numel() for p in SmallViT(MODELS["photographs"]).parameters()) <= 599_689
 
 
 def test_training_on_crops_tests_whole_photographs(photographs, call, tmp_path):
@@ -217,13 +213,27 @@ def test_a_model_in_tiles_is_as_good_as_whole(photographs):
     clean = skimage.data.coffee()[:240, :200].astype(np.float32) / 255
     noise = np.random.default_rng(0).standard_normal(clean.shape, dtype=np.float32)
     model = load_model(photographs / "model.pt")
-    errors = [(denoise(model, clean + 0.1 * noise, tile=tile) - clean) ** 2 for tile in (512, 144)]
+    errors = [(denoise(model, clean + 0.1 * noise, tile=tile) - clean) ** 2 for tile in (512, 128)]
     whole, tiled = (10 * np.log10(1 / error.mean()) for error in errors)
     assert whole - tiled < 0.02
-    starts = [part.start for part, _ in windows(240, 144, OVERLAP)][1:]
+    starts = [part.start for part, _ in windows(240, 128, OVERLAP)][1:]
     border = np.concatenate([errors[1][start : start + OVERLAP] for start in starts])
     border_whole = np.concatenate([errors[0][start : start + OVERLAP] for start in starts])
     assert border.mean() < 1.02 * border_whole.mean()
+
+
+def test_baselines_compare_the_model_in_tiles(photographs, call, monkeypatch):
+    monkeypatch.chdir(photographs)
+    tiles = []
+    original = tiling.restore_tile
+    monkeypatch.setattr(tiling, "restore_tile", lambda *a: tiles.append(a[1].shape) or original(*a))
+    options = ("--checkpoint", "model.pt", "--dataset", "images", "--noise-level", 0.1)
+    process = call(compare_baselines, *options, "--model-only", "--tile", 48)
+    assert process.returncode == 0, process.stderr
+    assert max(max(shape) for shape in tiles) == 48 and "**this model**" in process.stdout
+    thumbnails = ("--checkpoint", ROOT / "models" / "refined.pt", "--dataset", "photos")
+    process = call(compare_baselines, *thumbnails, "--tile", 48)
+    assert_refused(process, "--tile", "thumbnails")
 
 
 def test_strength_blends_with_the_input():
@@ -307,6 +317,12 @@ def test_the_noise_becomes_less(clean_up, tmp_path):
     assert errors[1] < errors[0] / 2
     with Image.open("in_denoised_compare.png") as picture:
         assert picture.width > 3 * 130
+
+
+def test_the_shipped_model_leaves_alone_what_is_clean():
+    model, clean = load_model(PHOTOGRAPH_CHECKPOINT), skimage.data.coffee()[100:260, 100:260]
+    error = ((denoise(model, clean) / 255 - clean / 255) ** 2).mean()
+    assert 10 * np.log10(1 / error) > 40
 
 
 def test_grey_photographs_are_denoised_too():
