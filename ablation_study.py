@@ -204,9 +204,13 @@ def read_rows(output, recipe):
         return []
     try:
         earlier = json.loads(output.read_text(encoding="utf-8"))
-        check(earlier, {"rows": list, "recipe": dict}, output)
+        check(earlier, {"rows": list, "recipe": {"tiles": list}}, output)
         for row in earlier["rows"]:
             check(row, ROW, output, "a row")
+            if None not in (row["psnr"], row["ssim"]):  # it did not diverge
+                measured = list(map(str, earlier["recipe"]["tiles"]))
+                if row["train_seconds"] is None or list(row["psnr_in_tiles"] or []) != measured:
+                    raise ValueError("figures are missing")
     except (OSError, ValueError, RecursionError, UserError):
         raise UserError(f"{output} is no result of this script; name another --output") from None
     advice = "repeat its options to go on with it, or name another --output"
@@ -254,7 +258,7 @@ def parse_args():
     )
     group.add_argument(
         "--tiles",
-        type=number(int, 1, most=4096),
+        type=number(int, 16, most=4096),
         nargs="+",
         default=[],
         metavar="PIXELS",
@@ -268,6 +272,8 @@ def parse_args():
 def main():
     args = parse_args()
     if args.checkpoint is not None:
+        if args.tiles:
+            raise UserError("--tiles are for variants that are trained; drop it or --checkpoint")
         return measure_replaced_parts(args)
     recipe, files = recipe_of(args), files_of(Path(args.output), args.tiles)
     with locked(files):

@@ -123,7 +123,7 @@ def main():
     )
     group.add_argument(
         "--tile",
-        type=number(int, OVERLAP + 1),
+        type=number(int, 2 * OVERLAP),
         metavar="PIXELS",
         help="restore whole photographs in tiles of this side, as denoise_image.py does (default: "
         "as one)",

@@ -154,11 +154,11 @@ def parse_args():
     )
     group.add_argument(
         "--tile",
-        type=number(int, OVERLAP + 1),
+        type=number(int, 2 * OVERLAP),
         default=TILE,
         metavar="PIXELS",
-        help=f"side of the tiles of large images, above their overlap of {OVERLAP}: memory "
-        f"grows with it (default: {TILE})",
+        help=f"side of the tiles of large images, at least twice their overlap of {OVERLAP}: "
+        f"memory grows with it (default: {TILE})",
     )
     return parser.parse_args()
 

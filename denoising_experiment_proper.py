@@ -73,12 +73,12 @@ class Recipe:
     """What decides the result of a training besides the images; the defaults are as published."""
 
     model: str = "published"  # of MODELS
-    epochs: int = 30
+    batch_size: int = 64  # images per step, of all processes together
     steps: int | None = None  # of the training; the epochs are then as many as they take
+    epochs: int = 30
     # Of the learning rate: "epoch", a cosine to 0 that falls once per epoch, as published, or
     # "step", WARM_UP of all steps upwards and then straight down to 0, a little in every step.
     schedule: str = "epoch"
-    batch_size: int = 64  # images per step, of all processes together
     optimizer: str = "adamw"  # or "muon"
     lr: float = 1e-3  # at the start
     weight_decay: float = 1e-4  # decoupled; of all parameters by adamw, of matrices alone by muon

@@ -21,14 +21,14 @@ ROWS = 32  # queries of a block
 def fits(query, key, value):
     """Whether `topk_attention_short` can do it: [B, H, N, d] of one dtype, N_k <= MOST_KEYS."""
     same = query.dtype == key.dtype == value.dtype and key.shape == value.shape
-    d_head, keys = query.shape[-1], key.shape[-2]
     return (
         triton is not None
-        and query.ndim == 4
+        and query.ndim == key.ndim == 4
         and same
         and query.dtype in (torch.float32, torch.bfloat16)
-        and keys <= MOST_KEYS
-        and d_head in (16, 32, 64)
+        and query.shape[:2] == key.shape[:2]
+        and query.shape[3] == key.shape[3] in (16, 32, 64)
+        and 1 <= key.shape[2] <= MOST_KEYS
         and query.numel() > 0
     )
 
@@ -153,9 +153,12 @@ if triton is not None:
             enough = tl.sum((ordered >= higher[:, None]).to(tl.int32), 1) >= k_attend
             reached = tl.where(enough, higher, reached)
         kept = ordered >= reached[:, None]
-        # In the middle between kept and dropped ones, where rounding cannot reach it.
+        # In the middle between kept and dropped ones, where rounding cannot reach it, if there is
+        # a number between them.
         least = tl.min(tl.where(kept, scores, float("inf")), 1)
-        threshold = (least + tl.max(tl.where(kept, float("-inf"), scores), 1)) / 2
+        dropped = tl.max(tl.where(kept, float("-inf"), scores), 1)
+        middle = (least + dropped) / 2
+        threshold = tl.where(middle > dropped, middle, least)
 
         best = tl.max(scores, 1)
         weights = tl.where(kept, tl.exp(scores - best[:, None]), 0.0)

@@ -13,7 +13,7 @@ from experiment.user_errors import UserError
 LEAST_FILES = 1000  # of a folder that is kept; fewer take a moment
 
 
-def remembered(paths, cache_dir, decode):
+def remembered(paths, cache_dir, decode, fits):
     """What decode() returns for image files, or what it returned for the same files before.
 
     It is read from a file in `cache_dir` as long as names, sizes and times of the image files are
@@ -24,20 +24,23 @@ def remembered(paths, cache_dir, decode):
         paths: of the image files, all of one folder.
         cache_dir: folder for the file, made where it is missing.
         decode: function() -> dict of arrays.
+        fits: function(such a dict) -> whether it can be of these files.
 
     Returns:
         dict of arrays.
     """
     if len(paths) < LEAST_FILES:
         return decode()
-    key = state_of(paths)
     folder = os.path.commonpath(paths)
+    key = state_of(paths, folder)
     name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
     file = Path(cache_dir) / f"decoded_{name}.npz"
-    # The format of the file has its own exceptions for every kind of damage.
-    with contextlib.suppress(Exception), np.load(file) as kept:
-        if kept["key"] == key:
-            return {name: kept[name] for name in kept.files if name != "key"}
+    if os.path.isfile(file):
+        # The format of the file has its own exceptions for every kind of damage.
+        with contextlib.suppress(Exception), np.load(file) as kept:
+            arrays = {name: kept[name] for name in kept.files}
+            if arrays.pop("key") == key and fits(arrays):
+                return arrays
     arrays = decode()
     with contextlib.suppress(OSError, UserError):
         os.makedirs(cache_dir, exist_ok=True)
@@ -46,10 +49,11 @@ def remembered(paths, cache_dir, decode):
     return arrays
 
 
-def state_of(paths):
-    """One number for names, sizes and times of files, as hexadecimal text."""
+def state_of(paths, folder):
+    """One number for names, sizes and times of files in a folder, as hexadecimal text."""
     digest = hashlib.sha256()
     for path in paths:
         state = os.stat(path)
-        digest.update(os.fsencode(path) + b"\0%d %d " % (state.st_size, state.st_mtime_ns))
+        figures = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0%d %d %d " % figures)
     return digest.hexdigest()

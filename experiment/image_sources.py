@@ -225,7 +225,8 @@ def _load_folder(folder, data_dir, seed, crop, test_only):
 def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     """(Split, int64 [n], the file that each image is from) of image files, of `fewest` at least."""
     decode = partial(_decode, folder, paths, crop)
-    found = decode() if crop else remembered(paths, data_dir, decode)
+    of_these = partial(_can_be_decoded_from, len(paths))
+    found = decode() if crop else remembered(paths, data_dir, decode, of_these)
     if len(found["skipped"]):
         named = "; ".join(found["skipped"][:5]) + ("; …" if len(found["skipped"]) > 5 else "")
         where = f"{len(found['skipped'])} of {len(paths)} files in {folder}"
@@ -238,6 +239,21 @@ def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
         )
     labels = [classes.index(class_of[paths[file]]) for file in found["files"]]
     return _split(found["images"], labels, found["lossless"], crop), torch.from_numpy(group)
+
+
+def _can_be_decoded_from(count, found):
+    """Whether `found` is what `_decode` makes of so many files."""
+    images, files, lossless, skipped = (
+        found[name] for name in ("images", "files", "lossless", "skipped")
+    )
+    kinds = [(images.dtype, images.shape[1:]), files.dtype, lossless.dtype, skipped.dtype.kind]
+    return (
+        kinds == [(np.uint8, (SIZE, SIZE, 3)), np.int64, bool, "U"]
+        and files.shape == lossless.shape == images.shape[:1]
+        and skipped.ndim == 1
+        and (np.diff(files, prepend=0) >= 0).all()
+        and (files < count).all()
+    )
 
 
 def _decode(folder, paths, crop):

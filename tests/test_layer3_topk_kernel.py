@@ -58,6 +58,16 @@ def test_kernel_keeps_all_keys_that_tie_with_the_last():
     assert max(errors(query, key, value, 7)) < 5e-6
 
 
+def test_kernel_drops_a_key_that_is_a_rounding_below_the_last():
+    query, value = torch.zeros(1, 1, 1, 16), torch.ones(1, 1, 3, 16)
+    key = torch.zeros(1, 1, 3, 16)
+    query[..., 0], key[0, 0, :, 0] = 4, torch.tensor([1.0, 1.0, -1.0])
+    key[0, 0, 0, 0] = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    tensors = [t.to(DEVICE).requires_grad_() for t in (query, key, value)]
+    topk_attention_short(*tensors, 1).sum().backward()
+    assert tensors[2].grad[0, 0, :, 0].tolist() == [0, 1, 0]
+
+
 def test_kernel_holds_minus_zero_and_zero_for_a_tie():
     query, value = torch.zeros(1, 1, 1, 16), torch.arange(16.0).view(1, 1, 1, 16)
     value = torch.cat([value, value + 1], 2)
@@ -83,6 +93,9 @@ def test_kernel_leaves_to_others_what_it_cannot_do():
     assert not fits(*tensors(dtype=torch.float64))
     assert not fits(*(t[0] for t in tensors()))
     assert not fits(*tensors()[:2], torch.zeros(1, 1, 8, 32))
+    assert not fits(*tensors(keys=0))
+    for others in (torch.zeros(2, 1, 8, 16), torch.zeros(1, 2, 8, 16), torch.zeros(1, 1, 8, 32)):
+        assert not fits(torch.zeros(1, 1, 8, 16), others, others)
 
 
 def test_attention_works_without_the_kernel(monkeypatch):

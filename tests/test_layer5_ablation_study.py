@@ -190,8 +190,17 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
     assert Path("ablation_study.png").stat().st_size > 10_000
     process = call(ablation_study, *options, "--variants", *names)
     assert_refused(process, "tiles [16, 32]")
+    earlier = Path("ablation_study.json").read_text()
+    for change in ({"psnr_in_tiles": None}, {"psnr_in_tiles": {}}, {"train_seconds": None}):
+        study = json.loads(earlier)
+        study["rows"][0] |= change
+        Path("ablation_study.json").write_text(json.dumps(study))
+        process = call(ablation_study, *options, "--variants", *names, "--tiles", 16, 32)
+        assert_refused(process, "ablation_study.json", "no result of this script")
+    checkpoint = ("--checkpoint", "some.pt", "--tiles", 16)
+    assert_refused(call(ablation_study, *checkpoint), "--tiles", "--checkpoint")
     assert_refused(
-        call(ablation_study, "--dataset", "photos", "--tiles", 8), "--recipe photographs"
+        call(ablation_study, "--dataset", "photos", "--tiles", 16), "--recipe photographs"
     )
 
 

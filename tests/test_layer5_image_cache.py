@@ -1,5 +1,7 @@
 """Layer 5, decoded images: read from one file as long as the folder stays as it was."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,49 @@ def test_a_damaged_file_of_decoded_images_is_made_anew(load, tmp_path):
     assert load()[1] == 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": np.zeros((20, 16, 32, 3), np.uint8)},
+        {"images": np.zeros((20, 32, 32, 3))},
+        {"files": np.arange(20) + 100},
+        {"files": np.arange(20) - 1},
+        {"files": np.zeros(3, np.int64)},
+        {"lossless": np.array(["yes"] * 20)},
+        {"skipped": np.zeros(2)},
+        {"skipped": None},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_of_the_folder_is_made_anew(load, tmp_path, change):
+    first, _ = load()
+    for path in (tmp_path / "kept").iterdir():
+        with np.load(path) as kept:
+            arrays = {name: kept[name] for name in kept.files} | change
+        np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    second, count = load()
+    assert count >= 20 and second.sha256() == first.sha256()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs")
+def test_what_is_no_file_is_not_waited_for(load, tmp_path):
+    load()
+    for path in (tmp_path / "kept").iterdir():
+        path.unlink()
+        os.mkfifo(path)
+    assert load()[1] == 26
+
+
+def test_a_folder_is_known_by_every_name(load, folder, tmp_path, monkeypatch, decoded):
+    load()
+    decoded.clear()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "./images", "link"):
+        load_images(name, tmp_path / "kept")
+    assert not decoded
+
+
 def test_images_are_read_where_nothing_can_be_kept(load, tmp_path):
     (tmp_path / "kept").write_text("a file where the folder should be")
     assert load()[1] == load()[1] == 26
@@ -90,7 +135,7 @@ def test_kept_arrays_are_those_that_were_decoded(tmp_path, monkeypatch):
     paths = write_images(tmp_path / "images", 2)
     arrays = {"images": np.arange(6, dtype=np.uint8), "skipped": np.array(["ä"])}
     for _ in range(2):
-        found = image_cache.remembered(paths, tmp_path, lambda: arrays)
+        found = image_cache.remembered(paths, tmp_path, lambda: arrays, lambda _: True)
         assert found.keys() == arrays.keys()
         assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
     assert torch.from_numpy(found["images"]).dtype == torch.uint8

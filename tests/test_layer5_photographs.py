@@ -378,7 +378,7 @@ def test_bad_input_is_one_sentence(clean_up, call, trained, tmp_path, monkeypatc
     Path("bomb.png").write_bytes(bomb)
     assert_refused(clean_up("nothing*.png"), "nothing*.png", "no image")
     assert_refused(clean_up("bomb.png"), "bomb.png", "3600000000 pixels")
-    assert_refused(clean_up("in.png", "--tile", OVERLAP), "--tile", f"at least {OVERLAP + 1}")
+    assert_refused(clean_up("in.png", "--tile", OVERLAP), "--tile", f"at least {2 * OVERLAP}")
     assert_refused(clean_up("in.png", "--strength", 2), "--strength", "at most 1")
     assert_refused(clean_up("in.png", "--output", "no/out.png"), "no", "create it")
     assert_refused(clean_up("in.png", "other.png", "--output", "in.png"), "name a folder")
