@@ -32,6 +32,7 @@ from experiment.user_errors import run_main
 from small_vit import MODELS, SmallViT
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # tests run on all cores already, and what they compute is small
 SHORT = ("--epochs", 1, "--batch-size", 16)  # of a run that only has to come to its end
 
 
