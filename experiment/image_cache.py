@@ -53,7 +53,9 @@ def state_of(paths, folder):
     """One number for names, sizes and times of files in a folder, as hexadecimal text."""
     digest = hashlib.sha256()
     for path in paths:
-        state = os.stat(path)
-        figures = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        figures = (0, 0, 0)
+        with contextlib.suppress(OSError):  # a link that leads nowhere, which is skipped later
+            state = os.stat(path)
+            figures = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0%d %d %d " % figures)
     return digest.hexdigest()

@@ -39,13 +39,14 @@ def load(folder, tmp_path, decoded):
 
 def test_images_are_decoded_once(load, folder, capsys):
     (folder / "train" / "broken.png").write_text("no image")
+    (folder / "train" / "nowhere.png").symlink_to("nothing")
     first, count = load()
     said = capsys.readouterr().err
     again, none = load()
-    assert (count, none) == (27, 0)
+    assert (count, none) == (28, 0)
     assert again.sha256() == first.sha256()
     assert again.classes == first.classes
-    assert "broken.png" in said and capsys.readouterr().err == said
+    assert "broken.png" in said and "nowhere.png" in said and capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("change", ["another image", "one more", "one less", "renamed"])
