@@ -98,20 +98,25 @@ def markdown(rows, recipe):
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in VARIANTS:
         if of_variant := [row for row in rows if row["variant"] == name]:
-            finished = [row for row in of_variant if None not in (row["psnr"], row["ssim"])]
-            diverged = len(of_variant) - len(finished)
-            cells = [name, f"{of_variant[0]['parameters']:,}", str(len(finished))]
+            done = finished(of_variant)
+            diverged = len(of_variant) - len(done)
+            cells = [name, f"{of_variant[0]['parameters']:,}", str(len(done))]
             cells[2] += f", {diverged} diverged" if diverged else ""
-            if finished:
+            if done:
                 psnrs, ssims, seconds = (
-                    [row[name] for row in finished] for name in ("psnr", "ssim", "train_seconds")
+                    [row[name] for row in done] for name in ("psnr", "ssim", "train_seconds")
                 )
                 cells += [plus_minus(psnrs, 3), f"{min(psnrs):.3f}", plus_minus(ssims, 4)]
                 cells.append(f"{statistics.mean(seconds):.1f}")
-                cells += [plus_minus(in_tiles(finished, tile), 3) for tile in tiles]
+                cells += [plus_minus(in_tiles(done, tile), 3) for tile in tiles]
             cells += ["–"] * (len(columns) - len(cells))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def finished(rows):
+    """The rows of trainings that did not diverge."""
+    return [row for row in rows if None not in (row["psnr"], row["ssim"])]
 
 
 def in_tiles(rows, tile):
@@ -123,7 +128,7 @@ def draw_tiles(rows, recipe):
     tiles = [str(tile) for tile in recipe["tiles"]]
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in VARIANTS:
-        of_variant = [row for row in rows if row["variant"] == name and row["psnr"] is not None]
+        of_variant = [row for row in finished(rows) if row["variant"] == name]
         if of_variant:
             values = [in_tiles(of_variant, tile) for tile in tiles]
             values.append([row["psnr"] for row in of_variant])
@@ -207,10 +212,10 @@ def read_rows(output, recipe):
         check(earlier, {"rows": list, "recipe": {"tiles": list}}, output)
         for row in earlier["rows"]:
             check(row, ROW, output, "a row")
-            if None not in (row["psnr"], row["ssim"]):  # it did not diverge
-                measured = list(map(str, earlier["recipe"]["tiles"]))
-                if row["train_seconds"] is None or list(row["psnr_in_tiles"] or []) != measured:
-                    raise ValueError("figures are missing")
+        tiles = list(map(str, earlier["recipe"]["tiles"]))
+        for row in finished(earlier["rows"]):
+            if row["train_seconds"] is None or list(row["psnr_in_tiles"] or []) != tiles:
+                raise ValueError("figures are missing")
     except (OSError, ValueError, RecursionError, UserError):
         raise UserError(f"{output} is no result of this script; name another --output") from None
     advice = "repeat its options to go on with it, or name another --output"

@@ -48,7 +48,7 @@ from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from experiment.reference import straightforward_moe
 from experiment.run_files import check_writable, write_text
 from experiment.tiling import denoise
-from experiment.timing import alternate, measured_apart, peak_bytes, processor_name
+from experiment.timing import alternate, fresh_peak, measured_apart, peak_bytes, processor_name
 from experiment.user_errors import UserError, run_main
 from model_variants import DnCNN
 from small_vit import MODELS, SmallViT, load_model
@@ -213,9 +213,7 @@ def peak_memory(name, images, lengths, device, dtype, threads):
     in_dtype = partial(autocast, device, dtype)
     layer = model.blocks[0].attention
     both_passes(layer, tokens_of(model, mosaic(images, lengths[0])), in_dtype)  # warm-up
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start, peaks = peak_bytes(device), {}
+    start, peaks = fresh_peak(device), {}
     for tokens in lengths:  # their inputs one by one: made before, they would hide small peaks
         both_passes(layer, tokens_of(model, mosaic(images, tokens)), in_dtype)
         peaks[tokens] = peak_bytes(device) - start
@@ -241,9 +239,7 @@ def peak_of_photograph(name, device, dtype, threads):
     select_device(device.type, threads)
     model, (noisy, _) = DENOISERS[name]().to(device), noisy_photograph("astronaut", PHOTOGRAPH)
     denoise(model, noisy[:32, :32], dtype=dtype)  # warm-up
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start = peak_bytes(device)
+    start = fresh_peak(device)
     denoise(model, noisy, dtype=dtype)
     return peak_bytes(device) - start
 

@@ -28,6 +28,7 @@ from experiment.command_line import (
     number,
     select_device,
 )
+from experiment.cuda_graphs import ReplayedModel
 from experiment.photo_files import FORMATS, read_photo, write_photo
 from experiment.run_files import place_of, write_figure
 from experiment.tiling import OVERLAP, TILE, denoise, estimate_noise, middle
@@ -166,7 +167,7 @@ def parse_args():
 def main():
     args = parse_args()
     outputs = choose_outputs(find_images(args.images), args.output, args.overwrite)
-    model = read_model(args.checkpoint, select_device(args.device, args.threads))
+    model = ReplayedModel(read_model(args.checkpoint, select_device(args.device, args.threads)))
     failed = []
     for path, output in tqdm(outputs.items(), "images", unit="img", leave=False, disable=None):
         try:

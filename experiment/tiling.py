@@ -22,7 +22,7 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
 
     Args:
         model: SmallViT, or another denoiser of images [B, 3, h, w] in [0, 1]; it is left in
-            evaluation mode.
+            evaluation mode. A ReplayedModel of it keeps what it recorded for the next image.
         image: array [h, w, 3] or, grey, [h, w] or [h, w, 1]; uint8, uint16, or float32 in [0, 1]
             (noise may lead out of it).
         tile: side of the tiles, pixels.
@@ -45,7 +45,7 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
         raise ValueError(f"overlap must be in 1 … tile - 1, got tile={tile}, overlap={overlap}")
     pixels = image.reshape(*image.shape[:2], -1)
     sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
-    passes = ReplayedModel(model).eval()
+    passes = (model if isinstance(model, ReplayedModel) else ReplayedModel(model)).eval()
     rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
     restored, unfinished = np.empty_like(pixels), torch.zeros(0, *pixels.shape[1:])
     bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None)
@@ -69,11 +69,11 @@ class Tiled(torch.nn.Module):
 
     def __init__(self, model, tile):
         super().__init__()
-        self.model, self.tile = model, tile
+        self.model, self.passes, self.tile = model, ReplayedModel(model), tile
 
     def forward(self, noisy):
         """As the model's, without routings.  [1, 3, h, w] -> [1, 3, h, w], on the CPU."""
-        image = denoise(self.model, noisy[0].permute(1, 2, 0).cpu().numpy(), self.tile)
+        image = denoise(self.passes, noisy[0].permute(1, 2, 0).cpu().numpy(), self.tile)
         return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0), []
 
 

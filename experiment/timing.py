@@ -58,6 +58,13 @@ def peak_bytes(device):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
+def fresh_peak(device):
+    """`peak_bytes` to begin with: on a CUDA device that of now, not of what was before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return peak_bytes(device)
+
+
 def measured_apart(function, *arguments, device):
     """What function(*arguments, threads) returns, on a CPU in a process of its own: in this one,
     memory that was freed before would be taken again unseen.
