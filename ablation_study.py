@@ -6,7 +6,8 @@
 
 Every variant has the same data, noise, steps, learning rates and seeds, in the loop of the
 training script. A run that was interrupted goes on where it stopped, since finished trainings are
-read from the output file. Writes a JSON file and, named after it, a Markdown table.
+read from the output file. Writes a JSON file and, named after it, a Markdown table and a picture of
+PSNR against compute. Those in which a share of the tokens attends are tested with every share.
 With --checkpoint, parts of a trained model are replaced instead, and it is tested again.
 """
 
@@ -18,19 +19,22 @@ import os
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
 
-from denoising_experiment_proper import RECIPES, Diverged, recipe_of, train
+from denoising_experiment_proper import BUDGETS, RECIPES, recipe_of, train
 from experiment.checkpoints import check, check_same_recipe, loads, real, whole
 from experiment.command_line import add_output, make_parser, number, select_device
+from experiment.cuda_graphs import ReplayedModel
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, spread
-from experiment.image_sources import load_images
-from experiment.noisy_images import noisy_splits
+from experiment.image_sources import SIZE, load_images
+from experiment.noisy_images import noise_text
 from experiment.run_files import locked, write_figure, write_text
-from experiment.user_errors import UserError, run_main
+from experiment.timing import alternate, count_flops
+from experiment.user_errors import Diverged, UserError, run_main
 from model_variants import (
     VARIANTS,
     FirstChoiceRouter,
@@ -41,13 +45,14 @@ from model_variants import (
 )
 from small_vit import SmallViT, count_parameters, load_for_evaluation
 
-ROW = {"variant": str, "seed": whole(0), "parameters": whole(1)}
+POINT = {"at": str, "psnr": real, "ssim": lambda v: v is None or real(v), "mflops": real}
+ROW = {"variant": str, "seed": whole(0), "parameters": whole(1), "points": list}
 # None where training diverged.
-ROW |= dict.fromkeys(("psnr", "ssim", "train_seconds"), lambda v: v is None or real(v))
-ROW |= {"utilisation": lambda v: v is None or loads(v)}
 ROW |= {
-    "psnr_in_tiles": lambda v: v is None or (isinstance(v, dict) and all(map(real, v.values())))
+    "train_seconds": lambda v: v is None or real(v),
+    "utilisation": lambda v: v is None or loads(v),
 }
+TIMED_IMAGES, TIMED_ROUNDS, TIMED_SECONDS = 64, 9, 60
 
 
 def train_variant(name, model, recipe, train_set, val_set):
@@ -62,22 +67,48 @@ def measure(name, recipe, splits, tiles):
     """Trains and tests a variant; returns its row, without figures where training diverged."""
     train_set, val_set, test_set = splits
     device = train_set.device
-    started, row = time.perf_counter(), dict.fromkeys(ROW)
+    started = time.perf_counter()
     torch.manual_seed(recipe.seed)
     model = VARIANTS[name]().to(device)
-    row |= {"variant": name, "seed": recipe.seed, "parameters": count_parameters(model)}
+    row = {"variant": name, "seed": recipe.seed, "parameters": count_parameters(model)}
+    row |= {"points": [], "train_seconds": None, "utilisation": None}
     try:
         train_variant(name, model, recipe, train_set, val_set)
     except Diverged as error:
         print(f"{name}, seed {recipe.seed}: {error}", flush=True)
         return row
     row["train_seconds"] = time.perf_counter() - started
-    figures = evaluate(model, test_set).summary()
-    row |= {"psnr": figures["psnr_mean"], "ssim": figures["ssim_mean"]}
-    row["psnr_in_tiles"] = {
-        str(tile): mean_psnr(InTiles(model, tile).eval(), test_set, device) for tile in tiles
-    }
-    return row | {"utilisation": figures["utilisation"]}
+    side = recipe.crop or SIZE
+    for budget in budgets_of(model):
+        figures = evaluate(model, test_set).summary()
+        point = {"at": at(budget), "psnr": figures["psnr_mean"], "ssim": figures["ssim_mean"]}
+        row["points"].append(point | {"mflops": mflops(model, side)})
+        row["utilisation"] = figures["utilisation"]
+    for tile in tiles:
+        decibels = mean_psnr(InTiles(model, tile).eval(), test_set, device)
+        point = {"at": f"tiles of {tile}×{tile}", "psnr": decibels, "ssim": None}
+        row["points"].append(point | {"mflops": row["points"][0]["mflops"]})
+    return row
+
+
+def budgets_of(model):
+    """Yields every budget of a model with a capacity, which it has then; else None once."""
+    if getattr(model, "capacity", None) is None:
+        yield None
+        return
+    for model.capacity in BUDGETS:
+        yield model.capacity
+
+
+def at(budget):
+    return f"{100 * budget:g} %" if budget else "all"
+
+
+@torch.inference_mode()
+def mflops(model, side):
+    """Millions of FLOPs of an image of that side, on the CPU, which counts what kernels hide."""
+    image = torch.rand(1, 3, side, side)
+    return count_flops(copy.deepcopy(model).cpu().eval(), image) / 1e6
 
 
 @torch.inference_mode()
@@ -89,56 +120,80 @@ def mean_psnr(model, dataset, device):
     )
 
 
-def markdown(rows, recipe):
+def measure_speed(names, side, device):
+    """Seconds in which TIMED_IMAGES images are denoised, side by side: {(variant, at): seconds}."""
+    images, functions = torch.rand(TIMED_IMAGES, 3, side, side, device=device), {}
+    for name in names:
+        model = VARIANTS[name]().to(device)
+        passes = ReplayedModel(model).eval()
+
+        def take(budget, model=model, passes=passes):
+            if budget:
+                model.capacity = budget
+            with torch.inference_mode():
+                passes(images)
+
+        for budget in budgets_of(model):
+            functions[name, at(budget)] = partial(take, budget)
+            take(budget)  # a pass is recorded when it comes again
+    return alternate(functions, TIMED_ROUNDS, TIMED_SECONDS, device)
+
+
+def curves(rows):
+    """{variant: {at: its points over seeds}}, of the trainings that did not diverge."""
+    found = {name: {} for name in VARIANTS}
+    for row in rows:
+        for point in row["points"]:
+            found[row["variant"]].setdefault(point["at"], []).append(point)
+    return {name: points for name, points in found.items() if points}
+
+
+def markdown(rows, recipe, speed):
     """The results as a Markdown table: mean ± standard deviation over seeds, and the least."""
-    tiles = [str(tile) for tile in recipe["tiles"]]
-    columns = ["variant", "parameters", "seeds", "PSNR (dB)", "least", "SSIM", "training (s)"]
-    columns += [f"PSNR in tiles of {tile}" for tile in tiles]
+    columns = ["variant", "at", "parameters", "seeds", "PSNR (dB)", "least", "SSIM", "MFLOP"]
+    columns += [f"ms for {TIMED_IMAGES} images", "training (s)"]
     lines = [", ".join(f"{name} {value}" for name, value in recipe.items()) + "\n"]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    found = curves(rows)
     for name in VARIANTS:
-        if of_variant := [row for row in rows if row["variant"] == name]:
-            done = finished(of_variant)
-            diverged = len(of_variant) - len(done)
-            cells = [name, f"{of_variant[0]['parameters']:,}", str(len(done))]
-            cells[2] += f", {diverged} diverged" if diverged else ""
-            if done:
-                psnrs, ssims, seconds = (
-                    [row[name] for row in done] for name in ("psnr", "ssim", "train_seconds")
-                )
-                cells += [plus_minus(psnrs, 3), f"{min(psnrs):.3f}", plus_minus(ssims, 4)]
-                cells.append(f"{statistics.mean(seconds):.1f}")
-                cells += [plus_minus(in_tiles(done, tile), 3) for tile in tiles]
+        of_variant = [row for row in rows if row["variant"] == name]
+        seconds = [row["train_seconds"] for row in of_variant if row["points"]]
+        diverged = len(of_variant) - len(seconds)
+        for where, points in found.get(name, {"–": []} if of_variant else {}).items():
+            cells = [name, where, f"{of_variant[0]['parameters']:,}", str(len(points))]
+            cells[3] += f", {diverged} diverged" if diverged else ""
+            if points:
+                psnrs = [point["psnr"] for point in points]
+                ssims = [point["ssim"] for point in points]
+                cells += [plus_minus(psnrs, 3), f"{min(psnrs):.3f}"]
+                cells.append("–" if None in ssims else plus_minus(ssims, 4))
+                cells.append(f"{points[0]['mflops']:.1f}")
+                taken = speed.get((name, where))
+                cells += [f"{1e3 * taken:.1f}" if taken else "–", f"{statistics.mean(seconds):.1f}"]
             cells += ["–"] * (len(columns) - len(cells))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def finished(rows):
-    """The rows of trainings that did not diverge."""
-    return [row for row in rows if None not in (row["psnr"], row["ssim"])]
-
-
-def in_tiles(rows, tile):
-    return [row["psnr_in_tiles"][tile] for row in rows]
-
-
-def draw_tiles(rows, recipe):
-    """Figure: PSNR against the size of what the model sees at once, mean ± std over seeds."""
-    tiles = [str(tile) for tile in recipe["tiles"]]
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name in VARIANTS:
-        of_variant = [row for row in finished(rows) if row["variant"] == name]
-        if of_variant:
-            values = [in_tiles(of_variant, tile) for tile in tiles]
-            values.append([row["psnr"] for row in of_variant])
-            means, stds = zip(*map(spread, values), strict=True)
-            axis.errorbar(range(len(values)), means, stds, fmt=".-", capsize=3, label=name)
-    labels = [f"tiles of {tile}×{tile}" for tile in tiles] + ["whole images"]
-    axis.set_xticks(range(len(labels)), labels)
-    axis.set(ylabel="PSNR (dB)", title=f"Trained on crops of {recipe['crop']}×{recipe['crop']}")
+def draw(rows, recipe):
+    """Figure: PSNR, mean ± std over seeds, against compute or, for tiles, against their size."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, points in curves(rows).items():
+        means, stds = zip(*(spread([p["psnr"] for p in of]) for of in points.values()), strict=True)
+        places = list(points) if recipe["tiles"] else [of[0]["mflops"] for of in points.values()]
+        style = "--" if name.endswith("local") else "-"
+        axis.errorbar(places, means, stds, fmt=f".{style}", capsize=3, label=name)
+    axis.set(
+        ylabel="PSNR (dB)",
+        title=f"{recipe['dataset']}, {noise_text(recipe['noise_level'], recipe['noise_map'])}",
+    )
+    if recipe["tiles"]:
+        axis.set_title(f"Trained on crops of {recipe['crop']}×{recipe['crop']}")
+    else:
+        axis.set_xlabel("MFLOP per image")
     axis.grid(alpha=0.3)
-    axis.legend()
+    if axis.containers:  # none where all have diverged
+        axis.legend(fontsize="small")
     return figure
 
 
@@ -176,27 +231,26 @@ def measure_replaced_parts(args):
     return 0
 
 
-def files_of(output, tiles):
-    """The JSON file and, named after it, the table and, for tiles, the picture.
+def files_of(output):
+    """The JSON file and, named after it, the table and the picture.
 
     Raises:
         UserError: it is no .json, or one of them is there without it: somebody else's.
     """
-    named_after = [output.with_suffix(end) for end in ((".md", ".png") if tiles else (".md",))]
+    named_after = [output.with_suffix(end) for end in (".md", ".png")]
     if output.suffix != ".json":
-        raise UserError(f"--output {output}: name a .json file; the table stands beside it")
+        raise UserError(f"--output {output}: name a .json file; table and picture stand beside it")
     for file in named_after:
         if os.path.exists(file) and not os.path.exists(output):
             raise UserError(f"--output {output}: {file} is not of this study; name another file")
     return output, *named_after
 
 
-def write_results(files, recipe, rows):
+def write_results(files, recipe, rows, speed=None):
     text = json.dumps({"recipe": recipe, "rows": rows}, indent=2)
     write_text(text + "\n", files[0])
-    write_text(markdown(rows, recipe), files[1])
-    if recipe["tiles"]:
-        write_figure(draw_tiles(rows, recipe), files[2], dpi=150)
+    write_text(markdown(rows, recipe, speed or {}), files[1])
+    write_figure(draw(rows, recipe), files[2], dpi=150)
 
 
 def read_rows(output, recipe):
@@ -209,12 +263,12 @@ def read_rows(output, recipe):
         return []
     try:
         earlier = json.loads(output.read_text(encoding="utf-8"))
-        check(earlier, {"rows": list, "recipe": {"tiles": list}}, output)
+        check(earlier, {"rows": list, "recipe": dict}, output)
         for row in earlier["rows"]:
             check(row, ROW, output, "a row")
-        tiles = list(map(str, earlier["recipe"]["tiles"]))
-        for row in finished(earlier["rows"]):
-            if row["train_seconds"] is None or list(row["psnr_in_tiles"] or []) != tiles:
+            for point in row["points"]:
+                check(point, POINT, output, "a point")
+            if row["points"] and row["train_seconds"] is None:
                 raise ValueError("figures are missing")
     except (OSError, ValueError, RecursionError, UserError):
         raise UserError(f"{output} is no result of this script; name another --output") from None
@@ -234,7 +288,7 @@ def parse_args():
         "Trains variants of the model by one recipe and compares them. Goes on where an earlier "
         "run with the same --output stopped.",
         "python ablation_study.py --dataset photos --recipe refined --epochs 10 --seeds 0 1 2",
-        *("dataset", "data-dir", "noise-level", "device", "threads", "dtype"),
+        *("dataset", "data-dir", "noise-level", "noise-map", "device", "threads", "dtype"),
         recipe=RECIPES,
     )
     parser.set_defaults(dataset=None)
@@ -280,7 +334,7 @@ def main():
         if args.tiles:
             raise UserError("--tiles are for variants that are trained; drop it or --checkpoint")
         return measure_replaced_parts(args)
-    recipe, files = recipe_of(args), files_of(Path(args.output), args.tiles)
+    recipe, files = recipe_of(args), files_of(Path(args.output))
     with locked(files):
         return run_study(args, recipe, files, select_device(args.device, args.threads))
 
@@ -292,7 +346,7 @@ def run_study(args, recipe, files, device):
     if recipe.noise_level[1] < 1e-4:
         raise UserError(f"--noise-level {recipe.noise_level[1]:g}: there is no noise to remove")
     source = load_images(args.dataset or "cifar10", args.data_dir, crop=recipe.crop)
-    splits = noisy_splits(source, recipe.noise_level, recipe.lossless_share, not recipe.unclipped)
+    splits = recipe.splits(source)
     recipe = recipe.of_steps(splits[0])
     settings = {
         "dataset": source.name,
@@ -311,8 +365,10 @@ def run_study(args, recipe, files, device):
         if (name, seed) not in done:
             rows.append(measure(name, replace(recipe, seed=seed), splits, args.tiles))
             write_results(files, settings, rows)
-    write_results(files, settings, rows)
-    print(f"\n{markdown(rows, settings)}\nwrote {', '.join(map(str, files))}")
+    names = dict.fromkeys(row["variant"] for row in rows if row["points"])
+    speed = measure_speed(names, recipe.crop or SIZE, device)
+    write_results(files, settings, rows, speed)
+    print(f"\n{markdown(rows, settings, speed)}\nwrote {', '.join(map(str, files))}")
     return 0
 
 

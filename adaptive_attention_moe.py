@@ -7,8 +7,12 @@ The method and nothing else, in the order of the equations:
     AdaptiveAttentionMoE   y = merge(Σ_e p_e · expert_e(x))
     load_balancing_loss    keeps every expert in use
 
+With a capacity the router decides first which tokens attend at all; the others get zero.
+
 Shapes: B images, N tokens, D = d_model, H heads of d_head = D / H channels, E experts.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +48,25 @@ class SparseAttentionExpert(nn.Module):
         self.value = nn.Linear(d_model, d_model)
         self.out_proj = nn.Linear(d_model, d_model)
 
-    def forward(self, x):
-        """[B, N, D] -> [B, N, D]."""
-        # Three layers, so that an optimizer treats each by itself, but one matrix product.
-        projections = (self.query, self.key, self.value)
-        weight = torch.cat([p.weight for p in projections])  # [3·D, D]
-        bias = torch.cat([p.bias for p in projections])
-        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = (t.transpose(1, 2) for t in qkv.unbind(2))  # each [B, H, N, d_head]
-        attended = topk_attention(query, key, value, self.k_attend)  # [B, H, N, d_head]
+    def forward(self, x, chosen=None):
+        """[B, N, D] -> [B, N, D]; with `chosen` tokens [B, M, D], whose queries alone attend to
+        the keys of all, [B, M, D].
+        """
+        if chosen is None:
+            query, key, value = self.project(x, self.query, self.key, self.value)
+        else:
+            (query,) = self.project(chosen, self.query)  # [B, H, M, d_head]
+            key, value = self.project(x, self.key, self.value)
+        attended = topk_attention(query, key, value, self.k_attend)  # as query
         return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    def project(self, x, *layers):
+        """[B, N, D] -> [B, H, N, d_head] by each of the layers."""
+        # Layers of their own, so that an optimizer treats each by itself, but one matrix product.
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        heads = F.linear(x, weight, bias).unflatten(-1, (len(layers), self.num_heads, -1))
+        return [t.transpose(1, 2) for t in heads.unbind(2)]
 
 
 class TokenRouter(nn.Module):
@@ -94,16 +107,23 @@ class AdaptiveAttentionMoE(nn.Module):
         num_heads: heads of each expert; has to divide d_model.
         k_attend: one budget per expert, any number of them in any order. A budget at or above
             the number of tokens makes its expert dense.
+        capacity: share of the tokens that attend, above 0, at most 1: those to which the router
+            gives the least of one more choice, not to attend ("Mixture-of-Depths", Raposo et al.
+            2024). An attribute, which may be changed at any time. None: all of them, without such
+            a choice.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, d_model=128, num_heads=4, k_attend=(32, 64, 128)):
+    def __init__(self, d_model=128, num_heads=4, k_attend=(32, 64, 128), capacity=None):
         super().__init__()
         if len(k_attend) < 1:
             raise ValueError(f"k_attend needs one budget per expert, got {tuple(k_attend)}")
-        self.router = TokenRouter(d_model, len(k_attend))
+        if capacity is not None:
+            check_capacity(capacity)
+        self.capacity = capacity
+        self.router = TokenRouter(d_model, len(k_attend) + (capacity is not None))
         self.experts = nn.ModuleList(SparseAttentionExpert(d_model, num_heads, k) for k in k_attend)
         self.merge = nn.Linear(d_model, d_model)
 
@@ -114,7 +134,9 @@ class AdaptiveAttentionMoE(nn.Module):
             x: tokens [B, N, D].
 
         Returns:
-            Tuple of the output [B, N, D] and the routing probabilities [B, N, E].
+            Tuple of the output [B, N, D] and the routing probabilities [B, N, E]. With a capacity
+            the output is zero for tokens that do not attend, which `choose` names, and there is one
+            more probability, the last, that of not attending: [B, N, E + 1].
 
         Raises:
             ValueError: x is not [B, N, D].
@@ -122,17 +144,43 @@ class AdaptiveAttentionMoE(nn.Module):
         d_model = self.merge.in_features
         if x.ndim != 3 or x.shape[-1] != d_model:
             raise ValueError(f"expected tokens of shape [B, N, {d_model}], got {list(x.shape)}")
-        routing = self.router(x)  # [B, N, E]
-        weights = routing.unsqueeze(-1).unbind(2)  # E times [B, N, 1]
-        mixed = sum(p * expert(x) for p, expert in zip(weights, self.experts, strict=True))
-        return self.merge(mixed), routing  # [B, N, D], [B, N, E]
+        routing = self.router(x)  # [B, N, E] or, with a capacity, [B, N, E + 1]
+        if self.capacity is None:
+            return self.mix(routing, x), routing  # [B, N, D], [B, N, E]
+        places = self.choose(routing).unsqueeze(-1)  # [B, M, 1]
+        tokens, weights = (t.gather(1, places.expand(-1, -1, t.shape[-1])) for t in (x, routing))
+        mixed = self.mix(weights[..., :-1], x, tokens).to(x.dtype)  # [B, M, D]
+        return torch.zeros_like(x).scatter(1, places.expand_as(mixed), mixed), routing
+
+    def mix(self, routing, x, chosen=None):
+        """merge(Σ_e p_e · expert_e(x)) of all tokens or of the chosen ones."""
+        weights = routing.unsqueeze(-1).unbind(2)  # E times [B, M, 1]
+        experts = zip(weights, self.experts, strict=True)
+        return self.merge(sum(p * expert(x, chosen) for p, expert in experts))
+
+    def choose(self, routing):
+        """Places of the ⌈capacity · N⌉ tokens that attend, int64 [B, M]; ties go to the first."""
+        count = math.ceil(self.capacity * routing.shape[1] - 1e-6)  # 0.07 · 100 is above 7
+        return self.reluctance(routing).argsort(dim=1, stable=True)[:, :count]
+
+    def reluctance(self, routing):
+        """[B, N, E + 1] -> [B, N]: the tokens of the least attend."""
+        return routing[..., -1].detach()
 
 
-def load_balancing_loss(routing):
+def check_capacity(share):
+    """Raises a ValueError unless it is a number above 0 and at most 1."""
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise ValueError(f"capacity must be above 0 and at most 1, got {share!r}")
+
+
+def load_balancing_loss(routing, capacity=None):
     """KL(uniform ‖ mean routing probability) / E: zero when all experts carry the same load.
 
     Args:
         routing: probabilities [..., E]; the mean is taken over all leading dimensions.
+        capacity: share of the tokens that attend. The last of `routing` is then the probability
+            not to attend, whose load should be what remains, and the E - 1 experts share the rest.
 
     Returns:
         Scalar, at least 0 (up to rounding). Its gradient pushes probability to experts that are
@@ -141,4 +189,8 @@ def load_balancing_loss(routing):
     num_experts = routing.shape[-1]
     load = routing.flatten(0, -2).mean(dim=0)  # [E]
     load = load.clamp_min(torch.finfo(load.dtype).tiny)  # log stays finite after a collapse
-    return -(load * num_experts).log().mean() / num_experts
+    if capacity is None:
+        return -(load * num_experts).log().mean() / num_experts
+    wanted = load.new_full(load.shape, capacity / (num_experts - 1))  # [E]
+    wanted[-1] = 1 - capacity
+    return (torch.xlogy(wanted, wanted) - wanted * load.log()).sum() / num_experts

@@ -4,9 +4,9 @@
     python benchmark.py --dataset photos --quick   # about a minute on 2 CPU cores
 
 The yardsticks are the straightforward implementation, which gathers the selected values, and a
-vision transformer of the same width with ordinary dense attention; the refined model, trained by
-its own recipe, is shown beside them. All alternate in one run, after a warm-up; a figure is the
-median. Prints its tables and writes benchmark_results.json.
+vision transformer of the same width with ordinary dense attention; the refined and the routed
+model, trained by their own recipes, are shown beside them. All alternate in one run, after a
+warm-up; a figure is the median. Prints its tables and writes benchmark_results.json.
 """
 
 import json
@@ -21,8 +21,6 @@ import skimage.data
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 import topk_attention
@@ -48,7 +46,14 @@ from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from experiment.reference import straightforward_moe
 from experiment.run_files import check_writable, write_text
 from experiment.tiling import denoise
-from experiment.timing import alternate, fresh_peak, measured_apart, peak_bytes, processor_name
+from experiment.timing import (
+    alternate,
+    count_flops,
+    fresh_peak,
+    measured_apart,
+    peak_bytes,
+    processor_name,
+)
 from experiment.user_errors import UserError, run_main
 from model_variants import DnCNN
 from small_vit import MODELS, SmallViT, load_model
@@ -93,12 +98,12 @@ class DenseAttention(nn.Module):
         return self.out_proj(attended), x.new_ones(*x.shape[:2], 1)
 
 
-def make_variants(device, names=("this", "straightforward", "dense", "refined")):
-    """{name: SmallViT}: this model, with the straightforward layer, with dense attention."""
+def make_variants(device, names=("this", "straightforward", "dense", "refined", "routed")):
+    """{name: SmallViT}: this model, with the straightforward layer, with dense attention, …"""
     variants = {}
     for name in names:
         torch.manual_seed(0)
-        model = SmallViT(MODELS["refined" if name == "refined" else "published"])
+        model = SmallViT(MODELS.get(name, MODELS["published"]))
         for block in model.blocks:
             if name == "straightforward":
                 block.attention.forward = partial(straightforward_moe, block.attention)
@@ -158,12 +163,13 @@ def make_step(name, model, noisy, clean, args):
     Raises:
         UserError: it could not be recorded.
     """
-    recipe = replace(RECIPES["refined" if name == "refined" else "published"], dtype=args.dtype)
+    recipe = replace(RECIPES.get(name, RECIPES["published"]), dtype=args.dtype)
     optimizer = make_optimizer(model, recipe.optimizer, 1e-4, recipe.weight_decay)
+    given = {"recipe": recipe, "capacity": model.capacity}
     if name == "straightforward":
-        return partial(training_step, model, optimizer, recipe=recipe)
+        return partial(training_step, model, optimizer, **given)
     fast = compiled(model) if args.compile else model
-    step = replayed(partial(training_step, fast, optimizer, recipe=recipe), optimizer)
+    step = replayed(partial(training_step, fast, optimizer, **given), optimizer)
     if isinstance(step, ReplayedStep):
         for _ in range(WARM_UP_STEPS + 1):
             step(noisy, clean)
@@ -230,6 +236,7 @@ def noisy_photograph(name, size=None, sigma=25 / 255):
 
 DENOISERS = {
     "photographs": lambda: SmallViT(MODELS["photographs"]),
+    "a quarter attends": lambda: SmallViT(replace(MODELS["photographs"], capacity=0.25)),
     "DnCNN of 20 layers": lambda: DnCNN(depth=20),
 }
 
@@ -279,26 +286,24 @@ def measure_tiles(device, args):
     return rows
 
 
-def count_flops(function, *inputs):
-    """FLOPs of all matrix products and convolutions, two per multiply-add."""
+def flops_of(function):
+    """`count_flops` of what a row times."""
     if isinstance(function, partial) and isinstance(function.func, ReplayedStep):
         function = partial(function.func.step, *function.args)  # a replay calls no operator
     if isinstance(function, partial) and isinstance(function.args[0], ReplayedModel):
         function = partial(function.func, function.args[0].model, *function.args[1:])
-    eager = torch.compiler.set_stance("force_eager")  # the counter sees no compiled operator
-    with eager, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"):  # the counter sees no compiled operator
         used, topk_attention.USE_KERNEL = topk_attention.USE_KERNEL, False  # nor a kernel
         try:
-            function(*inputs)
+            return count_flops(function)
         finally:
             topk_attention.USE_KERNEL = used
-    return counter.get_total_flops()
 
 
 def parse_args():
     parser = make_parser(
         "Times this implementation side by side with the straightforward one, with dense "
-        "attention and with the refined model. On a CUDA device training steps are replayed as in "
+        "attention and with other models. On a CUDA device training steps are replayed as in "
         "training, except for the straightforward one.",
         "python benchmark.py --dataset photos --quick",
         *("dataset", "data-dir", "seed", "device", "threads", "dtype", "compile"),
@@ -380,7 +385,7 @@ def measure(row, variants, train_set, eval_set, effort, args):
     if "straightforward" in seconds:
         result["times_faster"] = seconds["straightforward"] / seconds["this"]
     if row != "evaluation":
-        result["gflop"] = count_flops(functions["this"]) / 1e9
+        result["gflop"] = flops_of(functions["this"]) / 1e9
         result["part_of_rate"] = result["gflop"] / seconds["this"] / result["matmul_gflops"]
     cells = [f"{1e3 * seconds[n]:.1f}" if n in seconds else "–" for n in variants]
     cells.append(f"{result['times_faster']:.1f}" if "times_faster" in result else "–")

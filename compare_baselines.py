@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from experiment.command_line import make_parser, number, ratio
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, ssim
-from experiment.noisy_images import noise_text
 from experiment.tiling import OVERLAP, Tiled
 from experiment.user_errors import UserError, run_main
 from small_vit import load_for_evaluation
@@ -92,7 +91,7 @@ def compare(model, test_set, classical):
         test_set: NoisyImageDataset.
         classical: whether the classical methods are measured as well.
     """
-    sigma = test_set.noise_range[0]
+    sigma = sum(test_set.noise_range) / 2  # where it differs over an image, a beginning
     print("\n| method | PSNR (dB) | SSIM |\n|---|---|---|")
     print_row("noisy input", *measure(None, None, test_set)[1:])
     methods = baselines(sigma) if classical and sigma >= LEAST_SIGMA else {}
@@ -137,11 +136,9 @@ def main():
     if args.tile and not test_set.whole:
         raise UserError("--tile is for whole photographs; the test images here are thumbnails")
     model = Tiled(model, args.tile) if args.tile else model
-    for sigma in levels or test_set.noise_range[:1]:
-        dataset = test_set.at(sigma)
+    for dataset in map(test_set.at, levels) if levels else [test_set]:
         kind = "" if dataset.clipped else ", unclipped"
-        noise = noise_text(dataset.noise_range) + kind
-        print(f"\n{source.name}, {len(test_set):,} test images, {noise}")
+        print(f"\n{source.name}, {len(test_set):,} test images, {dataset.noise_text}{kind}")
         result = compare(model, dataset, not args.model_only)
         print(f"\n{result_line(result.psnr, result.ssim, source.name)}")
     return 0

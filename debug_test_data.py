@@ -9,7 +9,7 @@ import torch
 
 from experiment.command_line import make_parser
 from experiment.image_sources import load_images
-from experiment.noisy_images import noise_text, noisy_splits
+from experiment.noisy_images import noisy_splits
 from experiment.user_errors import run_main
 
 
@@ -47,13 +47,13 @@ def main():
     parser = make_parser(
         "Inspects ranges and statistics of the data; exits with 1 when something looks wrong.",
         "python debug_test_data.py --dataset photos",
-        *("dataset", "data-dir", "noise-level", "seed"),
+        *("dataset", "data-dir", "noise-level", "noise-map", "seed"),
     )
     args = parser.parse_args()
     source = load_images(args.dataset, args.data_dir, args.seed)
     problems = []
-    print(f"{source.name}: {len(source.classes)} classes, {noise_text(args.noise_level)}")
-    datasets = noisy_splits(source, args.noise_level)
+    datasets = noisy_splits(source, args.noise_level, noise_map=args.noise_map)
+    print(f"{source.name}: {len(source.classes)} classes, {datasets[0].noise_text}")
     for name, dataset in zip(("train", "val", "test"), datasets, strict=True):
         images = dataset.split.images
         noisy, clean, _ = next(dataset.batches(min(1024, len(dataset))))

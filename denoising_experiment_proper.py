@@ -22,7 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from adaptive_attention_moe import load_balancing_loss
-from experiment.checkpoints import read_run, restore_optimizer, save_run, write_checkpoint
+from experiment.checkpoints import (
+    check_finite,
+    read_run,
+    restore_optimizer,
+    save_run,
+    write_checkpoint,
+)
 from experiment.command_line import (
     PUBLISHED_CHECKPOINT,
     add_output,
@@ -42,8 +48,8 @@ from experiment.data_parallel import (
 )
 from experiment.evaluation import (
     draw_history,
+    epoch_line,
     evaluate,
-    psnr_of,
     result_line,
     results_box,
     validation_batches,
@@ -63,6 +69,7 @@ PSNR_WEIGHT = 1e-3  # with it, 1 dB near 23 dB weighs what it weighs in the mean
 PSNR_EPS = 1e-5  # an MSE of 50 dB; bounds the gradient of the logarithm
 CLIP_NORM = 1.0
 WARM_UP = 0.1  # part of all steps
+BUDGETS = (1.0, 0.5, 0.25, 0.125)  # of a model with a capacity; steps take them in turn
 STEPS_PER_READ = 50  # reading a loss for the progress bar makes the CPU wait for a GPU
 
 # The recipe ----------------------------------------------------------------------------------
@@ -88,6 +95,7 @@ class Recipe:
     transpose: bool = False  # upside down and axes swapped, each with probability 1/2
     balance_weight: float = 0.01  # of the load-balancing loss of each block
     noise_level: tuple = (0.2, 0.2)  # (low, high) of σ; equal for one σ
+    noise_map: str = "uniform"  # or how σ differs over an image, see noisy_images.sigma_map
     unclipped: bool = False  # noisy images are left outside [0, 1], as the field's benchmarks do
     # Part of the training samples that are drawn from losslessly stored images, which alone then
     # serve for validation; None treats all images alike.
@@ -99,6 +107,11 @@ class Recipe:
         """The same with the epochs that its steps take, if it has any."""
         epochs = self.steps and math.ceil(self.steps / train_set.steps_per_epoch(self.batch_size))
         return replace(self, epochs=epochs or self.epochs)
+
+    def splits(self, source):
+        """(train, val, test) NoisyImageDatasets of an image source."""
+        kind = (self.lossless_share, not self.unclipped, self.noise_map)
+        return noisy_splits(source, self.noise_level, *kind)
 
     def as_dict(self):
         """Plain values that torch.save and JSON give back as they were."""
@@ -114,6 +127,15 @@ RECIPES = {
 # The published quality in about a minute on 2 CPU cores.
 RECIPES["quick"] = replace(
     RECIPES["refined"], model="quick", steps=1050, schedule="step", batch_size=16, lr=6e-3
+)
+# Noise that differs over the image; any share of the tokens attends, where the router sends them.
+RECIPES["routed"] = replace(
+    RECIPES["quick"],
+    model="routed",
+    steps=40_000,
+    noise_level=(0.05, 0.4),
+    noise_map="regions",
+    balance_weight=2e-4,
 )
 # Blind to the noise's level, for whole photographs and the field's benchmarks.
 RECIPES["photographs"] = replace(
@@ -142,7 +164,7 @@ def recipe_of(args):
 # A step --------------------------------------------------------------------------------------
 
 
-def training_step(model, optimizer, noisy, clean, recipe):
+def training_step(model, optimizer, noisy, clean, recipe, capacity=None):
     """One step on a batch: loss + balance_weight · Σ over blocks of the load-balancing loss.
 
     Args:
@@ -153,6 +175,7 @@ def training_step(model, optimizer, noisy, clean, recipe):
             minus the mean PSNR of the images in dB, times PSNR_WEIGHT, where PSNR_EPS is added to
             each image's squared error (HINet, Chen et al. 2021). bfloat16 runs matrix products
             under autocast; weights, tokens and losses stay in float32.
+        capacity: that which the model has, None if it has none.
 
     Returns:
         float32 [2] on the model's device: mean squared error and sum of the load-balancing losses.
@@ -161,7 +184,8 @@ def training_step(model, optimizer, noisy, clean, recipe):
         restored, routings = model(noisy)  # [B, 3, h, w], blocks times [B, N, E]
     errors = F.mse_loss(restored.float(), clean, reduction="none").mean((1, 2, 3))  # [B]
     mse, psnr = errors.mean(), -10 * (errors + PSNR_EPS).log10().mean()
-    balance = sum((load_balancing_loss(routing.float()) for routing in routings), mse.new_zeros(()))
+    balances = [load_balancing_loss(routing.float(), capacity) for routing in routings]
+    balance = sum(balances, mse.new_zeros(()))
     objective = mse if recipe.loss == "mse" else -PSNR_WEIGHT * psnr
     optimizer.zero_grad()
     (objective + recipe.balance_weight * balance).backward()
@@ -206,8 +230,12 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
     whole, device = recipe.batch_size // world_size(), train_set.device
     fast = model if fast is None else fast
     fast = DistributedDataParallel(fast) if world_size() > 1 else fast
-    step = replayed(partial(training_step, fast, optimizer, recipe=recipe), optimizer)
-    odd_step = partial(training_step, model, optimizer, recipe=recipe)
+    capacity = getattr(model, "capacity", None)
+    steps, odd_steps = {}, {}
+    for share in BUDGETS if capacity else [None]:
+        step = partial(training_step, recipe=recipe, capacity=share)
+        steps[share] = replayed(partial(step, fast, optimizer), optimizer)
+        odd_steps[share] = partial(step, model, optimizer)
 
     validation, passes = validation_batches(val_set, device), ReplayedModel(model)
     for epoch in range(len(history) + 1, recipe.epochs + 1):
@@ -216,13 +244,15 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
         started, sums, images = time.perf_counter(), torch.zeros(2, device=device), 0
         for number, (noisy, clean, _) in progress(train_set, recipe, epoch, sums):
             lr = set_learning_rate(optimizer, recipe, number, train_set)
-            take = step if len(clean) == whole else odd_step
+            model.capacity = list(steps)[number % len(steps)]
+            take = (steps if len(clean) == whole else odd_steps)[model.capacity]
             sums += len(clean) * take(noisy, clean)
             images += len(clean) * world_size()
         train_mse, balance = (sum_over_processes(sums) / images).tolist()
         seconds = time.perf_counter() - started + (history[-1]["seconds"] if history else 0)
 
         # Validation; the best epoch is kept
+        model.capacity = capacity
         val_mse = validation_mse(passes, validation)
         row = {"epoch": epoch, "train_mse": train_mse, "val_mse": val_mse, "balance_loss": balance}
         check_finite(row, best, files)
@@ -236,7 +266,7 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
         state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
         if files:
             save_run(state, files, fresh=epoch == 1)
-        print_epoch(history[-1])
+        print(epoch_line(history[-1]), flush=True)
     return state
 
 
@@ -266,14 +296,6 @@ def progress(train_set, recipe, epoch, sums):
             bar.set_postfix_str(f"mse {sums[0].item() / images:.4f}")
 
 
-def print_epoch(row):
-    print(
-        f"epoch {row['epoch']:3d}  train {row['train_mse']:.5f}  val {row['val_mse']:.5f} "
-        f"({psnr_of(row['val_mse']):.2f} dB)  lr {row['lr']:.1e}  {row['seconds']:.0f} s",
-        flush=True,
-    )
-
-
 def set_learning_rate(optimizer, recipe, step, train_set):
     """Sets and returns that of a step, counted from 0: see Recipe.schedule."""
     per_epoch = train_set.steps_per_epoch(recipe.batch_size)
@@ -288,20 +310,6 @@ def set_learning_rate(optimizer, recipe, step, train_set):
     return lr
 
 
-class Diverged(UserError):
-    """The loss of a training is not finite any more."""
-
-
-def check_finite(row, best, files):
-    """Raises a Diverged that names the last good checkpoint where a figure is not finite."""
-    if not all(map(math.isfinite, row.values())):
-        kept = f"{files.checkpoint} keeps epoch {best['epoch']}" if files and best else ""
-        raise Diverged(
-            f"the loss is not finite in epoch {row['epoch']} (training {row['train_mse']:g}, "
-            f"validation {row['val_mse']:g}); {kept or 'no epoch is kept'}; try a smaller --lr"
-        )
-
-
 # The experiment ------------------------------------------------------------------------------
 
 
@@ -311,7 +319,8 @@ def parse_args():
         "tests it. Writes FILE after every epoch, and beside it FILE's name with _history.csv, "
         "_curve.png and, until the run is complete, _resume.pt.",
         "python denoising_experiment_proper.py --dataset photos --recipe refined --epochs 6",
-        *("dataset", "data-dir", "noise-level", "seed", "device", "threads", "dtype", "compile"),
+        *("dataset", "data-dir", "noise-level", "noise-map", "seed"),
+        *("device", "threads", "dtype", "compile"),
         recipe=RECIPES,
         model=MODELS,
     )
@@ -344,9 +353,7 @@ def run_experiment(args, recipe, files, device):
     wait_if(rank() > 0)  # the first process downloads
     source = load_images(args.dataset, args.data_dir, recipe.seed, recipe.crop)
     wait_if(rank() == 0)
-    train_set, val_set, test_set = noisy_splits(
-        source, recipe.noise_level, recipe.lossless_share, not recipe.unclipped
-    )
+    train_set, val_set, test_set = recipe.splits(source)
     check_shares(recipe.batch_size, train_set.epoch_size)
     recipe = recipe.of_steps(train_set)
 
@@ -384,8 +391,7 @@ def run_experiment(args, recipe, files, device):
     # Test of the best epoch
     checkpoint = state["best"]
     result = evaluate(build_model(checkpoint, files.checkpoint).to(device), test_set)
-    seconds = state["history"][-1]["seconds"]
-    checkpoint |= {"test": result.summary(), "train_seconds": seconds}
+    checkpoint |= {"test": result.summary(), "train_seconds": state["history"][-1]["seconds"]}
     write_checkpoint(checkpoint, files.checkpoint)
     write_figure(draw_history(state["history"]), files.curve, dpi=150)
     files.resume.unlink(missing_ok=True)

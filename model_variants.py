@@ -1,12 +1,15 @@
 """What the study compares the model with: other routers, other budgets, conventional denoisers."""
 
+import functools
+import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptive_attention_moe import AdaptiveAttentionMoE
+from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter
 from conv_stages import in_fastest_layout
 from small_vit import MODELS, SmallViT, reflected, zero_
 
@@ -57,6 +60,111 @@ def with_routers(model, make_router):
     for module in model.modules():
         if isinstance(module, AdaptiveAttentionMoE):
             module.router = make_router(module.router, len(module.experts))
+    return model
+
+
+# Which tokens attend --------------------------------------------------------------------------
+
+
+def by_chance(block, routing):
+    """Any tokens, drawn anew for every image and block."""
+    return torch.rand(routing.shape[:2], device=routing.device)
+
+
+def by_pattern(block, routing):
+    """The same places in every image, as far apart as can be; in every second block the others."""
+    return in_turn(spread_ranks(routing.shape[1]), block, routing)
+
+
+def by_halves(block, routing):
+    """The same places in every image, drawn once; in every second block the others."""
+    order = torch.randperm(routing.shape[1], generator=torch.Generator().manual_seed(0))
+    return in_turn(order, block, routing)
+
+
+def in_turn(ranks, block, routing):
+    """[N] -> [B, N]: a fixed order of the places, from behind in every second block."""
+    ranks = ranks.to(routing.device).expand(len(routing), -1)
+    return -ranks if block % 2 else ranks
+
+
+@functools.cache
+def spread_ranks(tokens):
+    """Ranks of a square grid's tokens, int64 [tokens]: however many come first, they lie evenly.
+
+    The threshold matrix of ordered dithering ("An optimum method for two-level rendition of
+    continuous-tone pictures", Bayer 1973).
+    """
+    side, order = math.ceil(tokens**0.5), torch.zeros(1, 1, dtype=torch.int64)
+    while len(order) < side:
+        upper, lower = (4 * order, 4 * order + 2), (4 * order + 3, 4 * order + 1)
+        order = torch.cat([torch.cat(upper, 1), torch.cat(lower, 1)])
+    return order[:side, :side].flatten()[:tokens].argsort(stable=True).argsort()
+
+
+def with_choice(model, choice):
+    """The model, in whose blocks choice(number of the block, routing) ranks the tokens.
+
+    The router goes on to weigh those that it does not choose.
+    """
+    for number, block in enumerate(model.blocks):
+        block.attention.reluctance = partial(choice, number)
+    return model
+
+
+# Which expert a token has ----------------------------------------------------------------------
+
+
+class OneOfExperts(nn.Module):
+    """Attention in which every token has the queries and the output of one expert.
+
+    Keys and values are shared, so that it computes as much as one expert for all tokens.
+
+    Args:
+        d_model, num_heads: as those of AdaptiveAttentionMoE.
+        num_experts: to choose among.
+        learned: whether a router chooses, and weighs its choice (Switch, Fedus et al. 2021); else
+            the place of a token does, scattered evenly over the 64 of an image.
+    """
+
+    def __init__(self, d_model=128, num_heads=4, num_experts=3, learned=True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.router = TokenRouter(d_model, num_experts) if learned else None
+        self.query = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(num_experts))
+        self.key, self.value = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.out_proj = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(num_experts))
+        self.merge = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        """As AdaptiveAttentionMoE's."""
+        experts = len(self.query)
+        if self.router:
+            routing = self.router(x)  # [B, N, E]
+        else:
+            places = spread_ranks(x.shape[1]).to(x.device) % experts
+            routing = F.one_hot(places, experts).to(x.dtype).expand(len(x), -1, -1)
+        weight, choice = routing.max(-1, keepdim=True)  # [B, N, 1]
+        projected = (by_expert(self.query, x, choice), self.key(x), self.value(x))
+        heads = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in projected]
+        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return self.merge(weight * by_expert(self.out_proj, attended, choice)), routing
+
+
+def by_expert(layers, x, choice):
+    """[B, N, D] -> the same: every token by the layer that `choice` [B, N, 1] names."""
+    flat, result = x.flatten(0, 1), torch.empty_like(x).flatten(0, 1)
+    for expert, layer in enumerate(layers):
+        rows = (choice.flatten() == expert).nonzero().flatten()
+        result = result.index_copy(0, rows, layer(flat[rows]))
+    return result.view_as(x)
+
+
+def with_attention(model, make_layer):
+    """The model with every block's attention replaced by make_layer(), whose merge starts at 0."""
+    for block in model.blocks:
+        block.attention = make_layer()
+        zero_(block.attention.merge)
     return model
 
 
@@ -146,9 +254,19 @@ class InTiles(nn.Module):
 # The variants --------------------------------------------------------------------------------
 
 
-def vit(model="published", **changes):
-    """A function() that makes a SmallViT."""
-    return lambda: SmallViT(replace(MODELS[model], **changes))
+def vit(model="published", choice=None, **changes):
+    """A function() that makes a SmallViT, with a choice of the tokens for `with_choice`."""
+
+    def make():
+        made = SmallViT(replace(MODELS[model], **changes))
+        return with_choice(made, choice) if choice else made
+
+    return make
+
+
+def one_of_experts(learned):
+    """A function() that makes a SmallViT with OneOfExperts."""
+    return lambda: with_attention(SmallViT(), partial(OneOfExperts, learned=learned))
 
 
 VARIANTS = {
@@ -166,9 +284,25 @@ VARIANTS = {
     "refined": vit("refined"),
     "refined, dense, one expert": vit("refined", k_attend=(64,)),
     "quick": vit("quick"),
+    "one of 3 experts, by the router": one_of_experts(learned=True),
+    "one of 3 experts, by place": one_of_experts(learned=False),
+    "dense, one expert, local": vit(k_attend=(64,), local=True),
     "photographs": vit("photographs"),
     "photographs, k = 64": vit("photographs", k_attend=(64,)),
     "photographs, dense": vit("photographs", k_attend=(ALL_KEYS,)),
     "U-Net": UNet,
     "DnCNN": DnCNN,
+}
+# Of a share of the tokens that attend, and who chooses them.
+CHOICES = {"router": None, "chance": by_chance, "pattern": by_pattern, "halves": by_halves}
+for local in (False, True):
+    VARIANTS |= {
+        f"capacity, by {name}{', local' * local}": vit(
+            choice=choice, k_attend=(64,), capacity=0.25, local=local
+        )
+        for name, choice in CHOICES.items()
+    }
+VARIANTS |= {
+    f"photographs, capacity, by {name}": vit("photographs", CHOICES[name], capacity=0.25)
+    for name in ("router", "pattern")
 }

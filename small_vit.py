@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptive_attention_moe import AdaptiveAttentionMoE
+from adaptive_attention_moe import AdaptiveAttentionMoE, check_capacity
 from conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import select_device
@@ -38,6 +38,7 @@ class ViTConfig:
     residual: bool = False  # whether the model predicts the difference to the noisy image
     positions: bool = True  # whether tokens get a learned position embedding
     local: bool = False  # whether a 3×3 depthwise convolution stands beside attention
+    capacity: float | None = None  # share of the tokens that attend in a block; None: no choice
 
     def __post_init__(self):
         for name in ("image_size", "patch_size", "d_model", "num_layers", "num_heads", "d_ff"):
@@ -49,6 +50,8 @@ class ViTConfig:
                 type(n) is int and 1 <= n < 2**31 for n in value
             ):
                 raise ValueError(f"{name} must be ints of at least 1, got {value}")
+        if self.capacity is not None:
+            check_capacity(self.capacity)
         if self.image_size % self.patch_size:
             raise ValueError(
                 "patch_size must divide image_size, got "
@@ -70,6 +73,8 @@ MODELS = {
 }
 # What learns fastest on a CPU; a budget of 64 keeps all tokens of an image.
 MODELS["quick"] = replace(MODELS["refined"], k_attend=(64,), conv_depth=2, local=True)
+# A quarter of the tokens attends by default, wherever the router sends them.
+MODELS["routed"] = ViTConfig(k_attend=(64,), local=True, capacity=0.25)
 # No positions: a photograph has other and more of them than a crop. Budgets far below the tokens of
 # a crop, since attention to all keys fades where there are many more.
 MODELS["photographs"] = ViTConfig(
@@ -91,13 +96,13 @@ class TransformerBlock(nn.Module):
     x + MoE(LN(x)) + conv(LN(x)): it also tells where neighbours are, as positions would.
     """
 
-    def __init__(self, d_model, num_heads, d_ff, k_attend, local=False):
+    def __init__(self, d_model, num_heads, d_ff, k_attend, local=False, capacity=None):
         super().__init__()
         self.local = None
         if local:
             self.local = nn.Conv2d(d_model, d_model, 3, padding=1, groups=d_model)
         self.norm1 = nn.LayerNorm(d_model)
-        self.attention = AdaptiveAttentionMoE(d_model, num_heads, k_attend)
+        self.attention = AdaptiveAttentionMoE(d_model, num_heads, k_attend, capacity)
         self.norm2 = nn.LayerNorm(d_model)
         self.ffn = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
 
@@ -134,7 +139,10 @@ class SmallViT(nn.Module):
         if config.positions:
             self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
         self.blocks = nn.ModuleList(
-            TransformerBlock(d_model, config.num_heads, config.d_ff, config.k_attend, config.local)
+            TransformerBlock(
+                *(d_model, config.num_heads, config.d_ff),
+                *(config.k_attend, config.local, config.capacity),
+            )
             for _ in range(config.num_layers)
         )
         if config.channels:
@@ -155,6 +163,26 @@ class SmallViT(nn.Module):
                     zero_(layer)
         if self.config.residual:
             zero_(self.decoder.head if self.config.channels else self.patch_unembed)
+
+    @property
+    def capacity(self):
+        """Share of the tokens that attend in each block; None: there is no such choice.
+
+        It may be set at any time, also after training, to above 0 and at most 1.
+
+        Raises:
+            ValueError: it is set to another value, or, from None or to None, at all.
+        """
+        return getattr(self.blocks[0].attention, "capacity", None)  # studies put in other layers
+
+    @capacity.setter
+    def capacity(self, share):
+        if (share is None) != (self.capacity is None):
+            raise ValueError("whether there is a capacity is for the model's configuration to say")
+        if share is not None:
+            check_capacity(share)
+            for block in self.blocks:
+                block.attention.capacity = share
 
     def forward(self, noisy):
         """Denoises images.
@@ -280,8 +308,8 @@ def load_for_evaluation(args, same_images=False):
     Args:
         args: checkpoint, dataset (None: the model's), data_dir, noise_level (None: the model's),
             device and threads of the command line, and unclipped where it has that.
-        same_images: refuse another data set than the one of the training, and keep a range of σ;
-            otherwise its middle is taken.
+        same_images: refuse another data set than the one of the training, and keep a range of σ
+            from which images draw theirs; otherwise its middle is taken.
 
     Returns:
         (checkpoint dict, SmallViT on the device, ImageSource, NoisyImageDatasets for training,
@@ -294,7 +322,8 @@ def load_for_evaluation(args, same_images=False):
     checkpoint = read_checkpoint(args.checkpoint)
     model = build_model(checkpoint, args.checkpoint).to(device)
     recipe = checkpoint["recipe"]
-    trained = f"trained on {recipe['dataset']} with {noise_text(as_range(recipe['noise_level']))}"
+    level, noise_map = as_range(recipe["noise_level"]), recipe.get("noise_map", "uniform")
+    trained = f"trained on {recipe['dataset']} with {noise_text(level, noise_map)}"
     epochs = f"epoch {checkpoint['epoch']} of {recipe['epochs']}"
     parameters = f"{count_parameters(model):,} parameters"
     print(printable(f"{args.checkpoint}: {parameters}, {epochs}, {trained}"))
@@ -303,11 +332,13 @@ def load_for_evaluation(args, same_images=False):
     if crop and not same_images:
         crop = min(crop, SIZE)  # smaller photographs than those of the training are welcome, too
     source = load_images(dataset, args.data_dir, recipe["seed"], crop, not same_images)
-    low, high = args.noise_level or as_range(recipe["noise_level"])
-    if not same_images:
-        low = high = (low + high) / 2
-    elif source.name != recipe["dataset"] or (
-        recipe.get("images_sha256") not in (None, source.sha256())
+    if args.noise_level:
+        level, noise_map = args.noise_level, "uniform"
+    if not same_images and noise_map == "uniform":
+        level = (sum(level) / 2,) * 2
+    if same_images and (
+        source.name != recipe["dataset"]
+        or recipe.get("images_sha256") not in (None, source.sha256())
     ):
         raise UserError(
             f"{args.checkpoint} was trained and tested on other images than these, "
@@ -316,7 +347,7 @@ def load_for_evaluation(args, same_images=False):
     share = recipe["lossless_share"] if same_images else None
     unclipped = getattr(args, "unclipped", None)
     unclipped = recipe.get("unclipped", False) if unclipped is None else unclipped
-    splits = noisy_splits(source, (low, high), share, not unclipped)
+    splits = noisy_splits(source, level, share, not unclipped, noise_map)
     return checkpoint, model, source, splits
 
 

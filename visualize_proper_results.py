@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
 from experiment.command_line import add_output, make_parser
@@ -22,7 +23,6 @@ from experiment.evaluation import (
     spread,
     ssim,
 )
-from experiment.noisy_images import noise_text
 from experiment.run_files import check_picture, check_writable, csv_text, write_figure, write_text
 from experiment.user_errors import run_main
 from small_vit import load_for_evaluation
@@ -31,6 +31,7 @@ from small_vit import load_for_evaluation
 PERCENTILES = (5, 23, 41, 59, 77, 95)
 NAMES = ("noisy", "denoised", "ground truth")
 DETAIL = 96  # side of the enlarged part of a photograph, pixels
+SHOWN_BUDGETS = (0.5, 0.25, 0.125)  # of the tokens that attend, of a model with such a choice
 
 
 def rank_images(psnrs):
@@ -61,13 +62,70 @@ def detail(image):
     return slice(None), slice(top, top + sides[0]), slice(left, left + sides[1])
 
 
+def attending(model, routings):
+    """Where the tokens attend: for every block's routing, bool [B, N]."""
+    return [
+        torch.zeros_like(routing[..., 0], dtype=torch.bool).scatter(
+            1, block.attention.choose(routing), True
+        )
+        for block, routing in zip(model.blocks, routings, strict=True)
+    ]
+
+
+@torch.inference_mode()
 def restore(model, noisy):
-    """[3, h, w] -> the restored image and the routing weights [blocks, E, rows, columns]."""
-    with torch.inference_mode():
-        restored, routings = model(noisy.unsqueeze(0).to(next(model.parameters()).device))
-    rows = math.ceil(noisy.shape[1] / model.config.patch_size)
+    """[3, h, w] -> the restored image and maps of what each block did, [blocks, E, rows, columns].
+
+    They are the routing weights of the experts or, with a capacity, for each of SHOWN_BUDGETS ones
+    where a token attends.
+    """
+    noisy = noisy.unsqueeze(0).to(next(model.parameters()).device)
+    rows = math.ceil(noisy.shape[2] / model.config.patch_size)
+    restored, routings = model(noisy)
+    if model.capacity:
+        trained, decisions = model.capacity, []
+        for model.capacity in SHOWN_BUDGETS:
+            decisions.append([a.float() for a in attending(model, model(noisy)[1])])
+        model.capacity = trained
+        routings = [torch.stack(block, 2) for block in zip(*decisions, strict=True)]
     maps = torch.cat(routings).transpose(1, 2).unflatten(2, (rows, -1))
     return restored[0].cpu(), maps.cpu()
+
+
+@torch.inference_mode()
+def decision_table(model, dataset):
+    """Text table: how often a place attends, and what goes with it, over all tokens of a data set.
+
+    Args:
+        model: SmallViT with a capacity, in evaluation mode.
+        dataset: NoisyImageDataset.
+    """
+    device, patch, of_blocks, places = (
+        next(model.parameters()).device,
+        model.config.patch_size,
+        [],
+        [],
+    )
+    for index in range(len(dataset)):
+        noisy, clean, _ = dataset[index]
+        restored, routings = model(noisy.unsqueeze(0).to(device))
+        errors = (restored[0].cpu() - clean).square()
+        squares = [F.avg_pool2d(x, patch, ceil_mode=True).mean(0) for x in (clean, clean.square())]
+        contrast = (squares[1] - squares[0].square()).clamp_min(0).sqrt()
+        means = [
+            F.avg_pool2d(x, patch, ceil_mode=True).mean(0) for x in (dataset.sigma(index), errors)
+        ]
+        of_blocks.append(torch.cat(attending(model, routings)).float().cpu())  # [blocks, N]
+        places.append(torch.stack([means[0], contrast, means[1]]).flatten(1))  # [3, N]
+    rows = ["                      a place attends      correlation of attending with"]
+    rows.append("          least    mean    most      true σ   local contrast   error after")
+    causes = torch.cat(places, 1)  # [3, all tokens]
+    for block, chosen in enumerate(zip(*of_blocks, strict=True), 1):
+        often = torch.stack(chosen).mean(0) if not dataset.whole else torch.cat(chosen).mean()[None]
+        pairs = [torch.corrcoef(torch.stack([torch.cat(chosen), cause]))[0, 1] for cause in causes]
+        shares = "  ".join(f"{100 * x:5.1f} %" for x in (often.min(), often.mean(), often.max()))
+        rows.append(f"block {block}  {shares}  {pairs[0]:9.3f} {pairs[1]:12.3f} {pairs[2]:14.3f}")
+    return "\n".join(rows)
 
 
 def draw_images(model, dataset, indices, title):
@@ -84,9 +142,20 @@ def draw_images(model, dataset, indices, title):
     restored, maps = zip(*(restore(model, noisy) for noisy, _ in shown), strict=True)
     blocks, experts = maps[0].shape[:2] if maps[0].shape[1] > 1 else (0, 0)
     most = max((m - 1 / m.shape[1]).abs().max().item() for m in maps)  # white is an even split
+    colours = {
+        "cmap": "RdBu_r",
+        "vmin": 1 / max(1, experts) - most,
+        "vmax": 1 / max(1, experts) + most,
+    }
+    columns = [f"expert k={k}" for k in model.config.k_attend]
+    if model.capacity:
+        colours = {"cmap": "gray", "vmin": 0, "vmax": 1}
+        columns = [f"{100 * budget:g} % attend" for budget in SHOWN_BUDGETS]
 
     names = [f"{name}{part}" for part in ("", ", detail") for name in NAMES]
     names = names if dataset.whole else names[:3]
+    sigmas = [dataset.sigma(i) for i in indices] if dataset.noise_map != "uniform" else []
+    names += ["σ of the noise"] if sigmas else []
     ratios = [1.6] * len(names) + [1] * (blocks * experts)
     figure, axes = plt.subplots(
         len(indices),
@@ -100,6 +169,7 @@ def draw_images(model, dataset, indices, title):
         panels = [noisy.clamp(0, 1), image, clean]
         part = detail(clean) if dataset.whole else ()
         panels += [panel[part] for panel in panels] if part else []
+        panels += [sigmas[row] / dataset.noise_range[1]] if sigmas else []
         for axis, panel in zip(axes[row], panels, strict=False):
             axis.imshow(panel.permute(1, 2, 0).numpy(), interpolation="nearest")
         for axis, x in zip(axes[row], (noisy, image), strict=False):
@@ -107,18 +177,17 @@ def draw_images(model, dataset, indices, title):
             axis.set_xlabel(f"{psnr(x.numpy(), clean.numpy()):.2f} dB, SSIM {similarity:.3f}")
         axes[row, 0].set_ylabel(f"percentile {PERCENTILES[row]}")
         for axis, weights in zip(axes[row, len(names) :], maps[row].flatten(0, 1), strict=False):
-            picture = axis.imshow(
-                weights.numpy(), cmap="RdBu_r", vmin=1 / experts - most, vmax=1 / experts + most
-            )
-            axis.set_xlabel(f"mean {weights.mean():.2f}")
+            picture = axis.imshow(weights.numpy(), **colours)
+            if not model.capacity:
+                axis.set_xlabel(f"mean {weights.mean():.2f}")
     for axis, name in zip(axes[0], names, strict=False):
         axis.set_title(name)
     for column, axis in enumerate(axes[0, len(names) :]):
         block, expert = divmod(column, experts)
-        axis.set_title(f"block {block + 1}\nexpert k={model.config.k_attend[expert]}", fontsize=10)
+        axis.set_title(f"block {block + 1}\n{columns[expert]}", fontsize=10)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    if experts:
+    if experts and not model.capacity:
         bar = figure.colorbar(
             picture, ax=axes[:, len(names) :], location="right", shrink=0.5, pad=0.02
         )
@@ -159,10 +228,13 @@ def main():
     ]
     write_text(csv_text(rows), table)
     line = result_line(result.psnr, result.ssim, source.name)
-    noise = noise_text(test_set.noise_range)
-    title = f"Worst to best of {len(test_set):,} test images, {noise}\n{line}"
+    title = f"Worst to best of {len(test_set):,} test images, {test_set.noise_text}\n{line}"
     write_figure(draw_images(model, test_set, rank_images(result.psnr), title), output)
     print(summary_table(result))
+    if model.capacity:
+        print(
+            f"\n{100 * model.capacity:g} % of the tokens attend\n{decision_table(model, test_set)}"
+        )
     print("\n| σ | noisy (dB) | denoised (dB) |\n|---|---|---|")
     for level, before, after in psnr_against_noise(model, test_set):
         print(f"| {level:.2f} | {before:.2f} | {after:.2f} |")

@@ -17,23 +17,38 @@ from experiment.run_files import check_picture, write_figure
 from experiment.user_errors import run_main
 
 MEASURED_IMAGES = 4096  # at most; 12.6 million values fix the standard deviation to 0.03 %
+SIGMAS = 256  # values to which σ is rounded where it differs; 4e-6 of the standard deviation
 
 
-def clipped_noise(value_frequency, sigma, edges):
-    """Theory of noisy - clean for noisy = clamp(clean + σ·N(0, 1), 0, 1).
+def joint_frequency(clean, sigma):
+    """How often each pair of σ and clean value occurs.
+
+    Args:
+        clean, sigma: float32 tensors of one shape, the first of multiples of 1/255 in [0, 1].
+
+    Returns:
+        (float64 [s, 256], part of each pair; float64 [s], the values of σ).
+    """
+    low, high = (x.double() for x in sigma.aminmax())
+    step = ((high - low) / (SIGMAS - 1)).clamp_min(1e-12)
+    value = (clean * 255).round().long().flatten()
+    rounded = ((sigma.flatten() - low) / step).round().long()
+    counts = torch.bincount(256 * rounded + value, minlength=256 * SIGMAS).view(SIGMAS, 256)
+    there = counts.sum(1) > 0
+    sigmas = low + step * torch.arange(SIGMAS, dtype=torch.float64)
+    return counts[there].double() / value.numel(), sigmas[there]
+
+
+def clipped_noise(frequency, sigmas):
+    """Mean and std of noisy - clean in theory, for noisy = clamp(clean + σ·N(0, 1), 0, 1).
 
     For a clean value c the difference is normal, with all that lies beyond -c and 1 - c moved to
     these two values (a censored normal distribution).
 
     Args:
-        value_frequency: float64 [256], part of each clean value 0/255 … 255/255.
-        sigma: standard deviation of the noise, above 0.
-        edges: float64 [m + 1], edges of histogram bins.
-
-    Returns:
-        (mean, std, part of the values in each bin [m]).
+        frequency, sigmas: of `joint_frequency`, σ above 0.
     """
-    clean = torch.arange(256, dtype=torch.float64) / 255
+    clean, sigma = torch.arange(256, dtype=torch.float64) / 255, sigmas[:, None]
     low, high = -clean / sigma, (1 - clean) / sigma  # in units of σ
     below, above = torch.special.ndtr(low), torch.special.ndtr(-high)
     density_low, density_high = (
@@ -42,13 +57,29 @@ def clipped_noise(value_frequency, sigma, edges):
     mean = low * below + high * above + density_low - density_high
     inside = 1 - below - above + low * density_low - high * density_high
     square = low**2 * below + high**2 * above + inside
-    mean = (value_frequency * mean).sum() * sigma
-    std = ((value_frequency * square).sum() * sigma**2 - mean**2).sqrt()
+    mean = (frequency * mean * sigma).sum()
+    std = ((frequency * square * sigma**2).sum() - mean**2).sqrt()
+    return mean.item(), std.item()
 
-    edges = edges[:, None]
-    cumulative = torch.special.ndtr(edges / sigma)
-    cumulative = cumulative.where(edges >= -clean, 0.0).where(edges < 1 - clean, 1.0)
-    return mean.item(), std.item(), ((cumulative * value_frequency).sum(1)).diff()
+
+def histograms(frequency, sigmas, edges):
+    """The same noise, after and before the clamp, as parts of the values in each bin.
+
+    Args:
+        frequency, sigmas: of `joint_frequency`, σ above 0.
+        edges: float64 [m + 1].
+
+    Returns:
+        float64 [m] twice.
+    """
+    clean, edges = torch.arange(256, dtype=torch.float64) / 255, edges[:, None]
+    clamped = unclamped = 0.0
+    for of_sigma, sigma in zip(frequency, sigmas, strict=True):
+        cumulative = torch.special.ndtr(edges / sigma)
+        unclamped = unclamped + of_sigma.sum() * cumulative[:, 0]
+        cumulative = cumulative.where(edges >= -clean, 0.0).where(edges < 1 - clean, 1.0)
+        clamped = clamped + cumulative @ of_sigma
+    return clamped.diff(), unclamped.diff()
 
 
 def check_noise(noisy, clean, sigma):
@@ -56,19 +87,14 @@ def check_noise(noisy, clean, sigma):
 
     Args:
         noisy, clean: float32 [n, 3, h, w] in [0, 1].
-        sigma: standard deviation that the noise should have before the clamp.
+        sigma: standard deviation that the noise should have before the clamp, as clean.
 
     Returns:
         (list of (quantity, measured, expected, tolerance), difference noisy - clean).
     """
     difference = (noisy - clean).double()
-    values = difference.numel()
-    frequency = torch.bincount((clean * 255).round().long().flatten(), minlength=256) / values
-    if sigma > 0:
-        mean, std, _ = clipped_noise(frequency.double(), sigma, torch.zeros(1, dtype=torch.float64))
-    else:
-        mean, std = 0.0, 0.0
-    error = std / math.sqrt(values) + 1e-8  # standard error of the mean; float32
+    mean, std = clipped_noise(*joint_frequency(clean, sigma)) if sigma.any() else (0.0, 0.0)
+    error = std / math.sqrt(difference.numel()) + 1e-8  # standard error of the mean; float32
     return [
         ("mean of the noise", difference.mean().item(), mean, 5 * error),
         ("std of the noise", difference.std().item(), std, 5 * error),
@@ -78,19 +104,23 @@ def check_noise(noisy, clean, sigma):
 
 
 def draw_samples(noisy, clean, difference, sigma, title):
-    """Figure: six rows clean → noisy → difference, and the histogram of the noise."""
-    rows = min(6, len(clean))
-    figure = plt.figure(figsize=(11, 1.5 * rows + 1), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.1])
-    axes = left.subplots(rows, 3, squeeze=False)
+    """Figure: six rows clean → noisy → difference, with σ where it differs over an image, and the
+    histogram of the noise.
+    """
+    rows, most = min(6, len(clean)), max(sigma.max().item(), 1e-3)
+    names = ["clean", "noisy", f"difference (±{3 * most:.2g})"]
+    names += ["σ"] if (sigma != sigma[:, :1, :1, :1]).any() else []
+    figure = plt.figure(figsize=(11 + 2 * (len(names) - 3), 1.5 * rows + 1), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[len(names) / 3, 1.1])
+    axes = left.subplots(rows, len(names), squeeze=False)
     for row in range(rows):
-        shown = (clean[row], noisy[row], (difference[row] / (6 * max(sigma, 1e-3)) + 0.5))
-        for axis, image in zip(axes[row], shown, strict=True):
+        shown = (clean[row], noisy[row], difference[row] / (6 * most) + 0.5, sigma[row] / most)
+        for axis, image in zip(axes[row], shown, strict=False):
             axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(f"range {clean[row].min():.2f} … {clean[row].max():.2f}")
         axes[row, 2].set_ylabel(f"std {difference[row].std():.3f}")
-    for axis, name in zip(axes[0], ("clean", "noisy", "difference (±3σ)"), strict=True):
+    for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name)
 
     axis = right.subplots()
@@ -98,14 +128,12 @@ def draw_samples(noisy, clean, difference, sigma, title):
     counts = torch.histogram(difference.flatten(), edges).hist / difference.numel()
     width = (edges[1] - edges[0]).item()
     axis.stairs(counts / width, edges, fill=True, color="tab:blue", alpha=0.5, label="measured")
-    if sigma > 0:
-        counted = torch.bincount((clean * 255).round().long().flatten(), minlength=256)
-        _, _, theory = clipped_noise(counted / counted.sum().double(), sigma, edges)
+    if sigma.any():
+        theory, normal = histograms(*joint_frequency(clean, sigma), edges)
         middle = (edges[1:] + edges[:-1]) / 2
         axis.plot(middle, theory / width, "k-", lw=1, label="theory: N(0, σ²) clamped with image")
-        normal = torch.exp(-((middle / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
-        axis.plot(middle, normal, "r:", lw=1, label="N(0, σ²) before the clamp")
-        axis.set_xlim(-4.5 * sigma, 4.5 * sigma)
+        axis.plot(middle, normal / width, "r:", lw=1, label="N(0, σ²) before the clamp")
+        axis.set_xlim(max(-1, -4.5 * most), min(1, 4.5 * most))
     axis.set(xlabel="noisy − clean", ylabel="probability density", title="Noise of all pixels")
     axis.legend(loc="upper left", fontsize=8)
     figure.suptitle(title)
@@ -117,7 +145,7 @@ def main():
         "Draws training samples, compares their noise with its theory and exits with 1 when it "
         "is off.",
         "python visualize_training_data.py --dataset photos",
-        *("dataset", "data-dir", "noise-level", "seed"),
+        *("dataset", "data-dir", "noise-level", "noise-map", "seed"),
     )
     add_output(
         parser, "training_data_verification.png", "picture to write, in place of an earlier one"
@@ -125,10 +153,13 @@ def main():
     args = parser.parse_args()
     check_picture(args.output)
     source = load_images(args.dataset, args.data_dir, args.seed)
-    train_set = noisy_splits(source, args.noise_level)[0]
-    sigma = args.noise_level[0]
-    noisy, clean, _ = next(train_set.shuffled_batches(MEASURED_IMAGES, args.seed, epoch=1))
+    train_set = noisy_splits(source, args.noise_level, noise_map=args.noise_map)[0]
+    batches = train_set.shuffled_batches(MEASURED_IMAGES, args.seed, epoch=1, with_sigma=True)
+    noisy, clean, _, sigma = next(batches)
     checks, difference = check_noise(noisy, clean, sigma)
+    middle, half = sum(args.noise_level) / 2, (args.noise_level[1] - args.noise_level[0]) / 2
+    for name, value in zip(("smallest σ", "largest σ"), sigma.aminmax(), strict=True):
+        checks.append((name, value.item(), middle, half + 1e-6))
 
     print(f"{source.name}: {len(noisy):,} of {len(train_set):,} training images")
     wrong = 0
@@ -139,7 +170,7 @@ def main():
             f"  {quantity:<20} {measured:9.5f}   expected {expected:.5f} ± {tolerance:.5f}"
             f"{'   OFF' if off else ''}"
         )
-    title = f"{source.name}, training samples of epoch 1, σ = {sigma:g}"
+    title = f"{source.name}, training samples of epoch 1, {train_set.noise_text}"
     write_figure(draw_samples(noisy, clean, difference, sigma, title), args.output)
     print(f"wrote {args.output}")
     print("the noise is OFF" if wrong else "the noise is as it should be")

@@ -1,5 +1,6 @@
 """Reading, checking and writing what training leaves behind: checkpoints, states to resume."""
 
+import math
 import os
 import zipfile
 
@@ -7,8 +8,9 @@ import torch
 
 from experiment.data_parallel import rank
 from experiment.muon import state_shapes
+from experiment.noisy_images import DRAWS
 from experiment.run_files import csv_text, replace_when_complete, write_text
-from experiment.user_errors import UserError
+from experiment.user_errors import Diverged, UserError
 
 # Checks of single values ----------------------------------------------------------------------
 
@@ -54,7 +56,8 @@ CHECKPOINT = {"model": weights, "config": dict, "recipe": RECIPE, "epoch": whole
 CHECKPOINT |= {"val_mse": real}
 TEST = dict.fromkeys(("mse", "psnr_std", "ssim_mean", "ssim_std"), real)
 TEST |= {"noisy_psnr_mean": float, "psnr_mean": float, "images": whole(1), "utilisation": loads}
-OF_CROPS = {"crop": lambda v: v is None or whole(1)(v), "unclipped": bool}
+LATER = {"crop": lambda v: v is None or whole(1)(v), "unclipped": bool}  # not in old recipes
+LATER |= {"noise_map": lambda v: isinstance(v, str) and v in DRAWS}
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
 ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
 ROW |= {"balance_loss": float}  # rounding takes it below 0
@@ -110,7 +113,7 @@ def read_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint; train one or name another with --checkpoint")
     checkpoint = load(path)
     check(checkpoint, CHECKPOINT, path)
-    for part, kinds in ((checkpoint, IF_THERE), (checkpoint["recipe"], OF_CROPS)):
+    for part, kinds in ((checkpoint, IF_THERE), (checkpoint["recipe"], LATER)):
         check(part, {key: kind for key, kind in kinds.items() if key in part}, path)
     return checkpoint
 
@@ -172,6 +175,16 @@ def check_same_recipe(earlier, recipe, whose, advice):
     for name, value in recipe.items():
         if earlier.get(name) != value:
             raise UserError(f"{whose} {name} {earlier.get(name)}, this one has {value}; {advice}")
+
+
+def check_finite(row, best, files):
+    """Raises a Diverged that names the last good checkpoint where a figure is not finite."""
+    if not all(map(math.isfinite, row.values())):
+        kept = f"{files.checkpoint} keeps epoch {best['epoch']}" if files and best else ""
+        raise Diverged(
+            f"the loss is not finite in epoch {row['epoch']} (training {row['train_mse']:g}, "
+            f"validation {row['val_mse']:g}); {kept or 'no epoch is kept'}; try a smaller --lr"
+        )
 
 
 def save_run(state, files, fresh=False):

@@ -84,12 +84,19 @@ OPTIONS = {
         ),
         "noise-level": dict(
             type=number(ratio, 0, most=1000),
-            nargs=1,
+            nargs="+",
             action=NoiseLevel,
             default=(0.2, 0.2),
             metavar="SIGMA",
             help="standard deviation σ of the Gaussian noise, for pixel values in [0, 1], also as "
-            "a fraction: 25/255 (default: 0.2)",
+            "a fraction: 25/255; two values are a range, see --noise-map (default: 0.2)",
+        ),
+        "noise-map": dict(
+            choices=["uniform", "regions", "ramp", "signal"],
+            default="uniform",
+            help="uniform: every image draws one σ of the range, log-uniformly; or how σ differs "
+            "over an image: the higher one in a rectangle, the lower one around it; from one to "
+            "the other across the image; or growing with the light, as on a sensor",
         ),
         "seed": dict(
             type=number(int, 0),
@@ -177,16 +184,16 @@ OPTIONS = {
 OF_A_MODEL = {
     "dataset": dict(default=None, help="images to use (default: those of the model's training)"),
     "noise-level": dict(
-        default=None, help="σ of the noise, for pixel values in [0, 1] (default: the training's)"
+        default=None,
+        nargs=1,
+        help="σ of the noise, the same everywhere, for pixel values in [0, 1], also as a "
+        "fraction: 25/255 (default: the noise of the training)",
     ),
 }
 OF_A_RECIPE = {
-    "noise-level": dict(
-        default=None,
-        nargs="+",
-        help="standard deviation σ of the Gaussian noise, for pixel values in [0, 1]; two values "
-        "are a range, from which every image draws its own, log-uniformly (default: the recipe's)",
-    ),
+    name: OPTIONS["data"][name]
+    | {"default": None, "help": OPTIONS["data"][name]["help"].removesuffix(" (default: 0.2)")}
+    for name in ("noise-level", "noise-map")
 }
 
 
@@ -217,11 +224,8 @@ def make_parser(description, example, *options, **choices):
             settings = group[option] | changes.get(option, {})
             if option in choices:
                 settings["choices"] = list(choices[option])
-            if (
-                title == "recipe"
-                and "default" not in settings
-                and "default" not in settings["help"]
-            ):
+            of_recipe = title == "recipe" or (option in changes and "recipe" in choices)
+            if of_recipe and not settings.get("default") and "default" not in settings["help"]:
                 settings["help"] += " (default: the recipe's)"
             add_option(arguments, f"--{option}", **settings)
     return parser

@@ -88,9 +88,9 @@ class ReplayedStep:
 class ReplayedModel:
     """A model's passes without gradients, replayed on a CUDA device, elsewhere as they come.
 
-    A pass is recorded when a shape of batches comes for the second time, in one dtype; of
-    MOST_SHAPES the one that was longest unused is dropped. What cannot be recorded is left to the
-    model. Weights may be changed in place between passes, but not replaced.
+    A pass is recorded when a shape of batches comes for the second time, in one dtype and with one
+    capacity of the model; of MOST_SHAPES the one that was longest unused is dropped. What cannot be
+    recorded is left to the model. Weights may be changed in place between passes, but not replaced.
 
     Args:
         model: denoiser, in evaluation mode whenever this is called.
@@ -98,7 +98,8 @@ class ReplayedModel:
 
     def __init__(self, model):
         self.model = model
-        self.passes = {}  # by shape and dtype: the recorded one, None before, False if it fails
+        # By shape, dtype and capacity: the recorded one, None before, False if it fails
+        self.passes = {}
 
     def eval(self):
         self.model.eval()
@@ -108,7 +109,8 @@ class ReplayedModel:
         """As the model itself; the results are the caller's."""
         if not noisy.is_cuda:
             return self.model(noisy)
-        key = (noisy.shape, torch.is_autocast_enabled("cuda"))
+        capacity = getattr(self.model, "capacity", None)  # which decides over shapes
+        key = (noisy.shape, torch.is_autocast_enabled("cuda"), capacity)
         recorded = self.passes.get(key)
         if key in self.passes and recorded is None:
             recorded = self._record(noisy)

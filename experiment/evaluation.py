@@ -163,6 +163,14 @@ def result_line(psnr, ssim, dataset_name):
     )
 
 
+def epoch_line(row):
+    """What a training prints of a row of its history."""
+    return (
+        f"epoch {row['epoch']:3d}  train {row['train_mse']:.5f}  val {row['val_mse']:.5f} "
+        f"({psnr_of(row['val_mse']):.2f} dB)  lr {row['lr']:.1e}  {row['seconds']:.0f} s"
+    )
+
+
 def framed(title, rows):
     """A table of (name, value) strings in a frame."""
     width = max(len(name) for name, _ in rows)
@@ -177,7 +185,7 @@ def results_box(checkpoint, result, device):
     recipe, minutes = checkpoint["recipe"], checkpoint["train_seconds"] / 60
     rows = [
         ("data set", f"{recipe['dataset']}, {len(result.psnr):,} test images"),
-        ("noise", noise_text(recipe["noise_level"])),
+        ("noise", noise_text(recipe["noise_level"], recipe["noise_map"])),
         ("parameters", f"{recipe['parameters']:,}"),
         ("training", f"{recipe['epochs']} epochs in {minutes:.1f} min on {device}"),
         ("best epoch", f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}"),

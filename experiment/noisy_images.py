@@ -10,6 +10,8 @@ from experiment.user_errors import UserError
 
 CROPS_PER_PHOTOGRAPH = 64  # in an epoch, of images that are kept whole
 CROP_STREAM = 1  # keeps the places of crops apart from the noise
+# How σ differs over an image, see `sigma_map`, and the random numbers that this takes.
+DRAWS = {"uniform": 1, "regions": 4, "ramp": 1, "signal": 1}
 
 
 class NoisyImageDataset(torch.utils.data.Dataset):
@@ -27,13 +29,16 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         stream: a number that keeps the noise of one split apart from that of another.
         device: torch.device of the images and of all that the data set yields.
         clipped: clamp the noisy images to [0, 1]; the field's benchmarks on photographs do not.
+        noise_map: of DRAWS: how σ differs over an image, between the two of noise_level.
 
     Raises:
         ValueError: noise_level is negative or no such pair, or the images are not uint8
             [n, 3, h, w] or a list of [3, h, w].
     """
 
-    def __init__(self, split, noise_level=0.2, stream=0, device="cpu", clipped=True):
+    def __init__(
+        self, split, noise_level=0.2, stream=0, device="cpu", clipped=True, noise_map="uniform"
+    ):
         low, high = as_range(noise_level)
         if not 0 <= low <= high or low == 0 < high:
             raise ValueError(
@@ -54,15 +59,22 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         self.stream = stream
         self.device = torch.device(device)
         self.clipped = clipped
+        self.noise_map = noise_map
 
     def to(self, device):
         """The same data set on another device."""
-        return NoisyImageDataset(self.split, self.noise_range, self.stream, device, self.clipped)
+        how = (self.noise_range, self.stream, device, self.clipped, self.noise_map)
+        return NoisyImageDataset(self.split, *how)
 
     def at(self, noise_level, count=None):
         """The same images, or the first of them, with noise of another σ."""
-        split = self.split[:count]
-        return NoisyImageDataset(split, noise_level, self.stream, self.device, self.clipped)
+        how = (noise_level, self.stream, self.device, self.clipped, self.noise_map)
+        return NoisyImageDataset(self.split[:count], *how)
+
+    @property
+    def noise_text(self):
+        """Its noise in words: "σ = 0.2", "σ = 0.05 to 0.35", "σ = 0.05 to 0.4 (regions)"."""
+        return noise_text(self.noise_range, self.noise_map)
 
     def __len__(self):
         return len(self.split)
@@ -78,7 +90,11 @@ class NoisyImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         """(noisy, clean, label): float32 [3, h, w] twice, clean in [0, 1], and a scalar int64."""
         index = range(len(self))[index]
-        return tuple(t[0] for t in self._batch_with_own_noise(range(index, index + 1)))
+        return tuple(t[0] for t in self._batch_with_own_noise(range(index, index + 1))[:3])
+
+    def sigma(self, index):
+        """σ of the noise of every pixel of image `index`: float32 [3, h, w]."""
+        return self._batch_with_own_noise(range(index, index + 1))[3][0]
 
     def batches(self, batch_size=64):
         """All images in order, each with its own noise: (noisy, clean, labels) batches.
@@ -87,10 +103,18 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         """
         batch_size = 1 if self.whole else batch_size
         for start in range(0, len(self), batch_size):
-            yield self._batch_with_own_noise(range(start, min(start + batch_size, len(self))))
+            yield self._batch_with_own_noise(range(start, min(start + batch_size, len(self))))[:3]
 
     def shuffled_batches(
-        self, batch_size, seed, epoch, lossless_share=None, flip=False, transpose=False, crop=None
+        self,
+        batch_size,
+        seed,
+        epoch,
+        lossless_share=None,
+        flip=False,
+        transpose=False,
+        crop=None,
+        with_sigma=False,
     ):
         """One epoch of training: (noisy, clean, labels) batches, shuffled, with fresh noise.
 
@@ -109,6 +133,7 @@ class NoisyImageDataset(torch.utils.data.Dataset):
                 1/2; with `flip`, all eight symmetries occur. For square images.
             crop: side of the random crops to take; None takes whole images, which must be of one
                 size.
+            with_sigma: yield σ of every pixel, float32 [n, 3, h, w], as the fourth of a batch.
         """
         order = self._order(_generator(seed, epoch), lossless_share)
         for step, indices in enumerate(order.split(batch_size)):
@@ -121,13 +146,14 @@ class NoisyImageDataset(torch.utils.data.Dataset):
             generator = _generator(seed, epoch, step, device=self.device)
             here = {"generator": generator, "device": self.device}
             noise = torch.randn(clean.shape, **here)
-            sigma = draw_sigma(torch.rand(len(clean), **here), self.noise_range)
+            numbers = torch.rand(len(clean), DRAWS[self.noise_map], **here)
             if flip:
                 clean = half_of_them(clean, clean.flip(3), **here)
             if transpose:
                 clean = half_of_them(clean, clean.flip(2), **here)
                 clean = half_of_them(clean, clean.transpose(2, 3), **here)
-            yield self._add(noise, sigma, clean, indices)
+            batch = self._add(noise, numbers, clean, indices)
+            yield batch if with_sigma else batch[:3]
 
     def _crop(self, index, size, generator):
         image = self.split.images[index]
@@ -151,20 +177,21 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         return drawn[torch.randperm(len(drawn), generator=generator)]
 
     def _batch_with_own_noise(self, indices):
-        noise, sigma = [], []
+        noise, numbers = [], []
         clean = torch.stack([self.split.images[index] for index in indices]).float() / 255
         for index in indices:
             generator = np.random.default_rng((self.stream, index))
             noise.append(generator.standard_normal(clean.shape[1:], dtype=np.float32))
-            sigma.append(draw_sigma(generator.uniform(), self.noise_range))
+            numbers.append(generator.uniform(size=DRAWS[self.noise_map]))
         noise = torch.from_numpy(np.stack(noise)).to(self.device)
-        sigma = torch.tensor(sigma, dtype=torch.float32, device=self.device)
-        return self._add(noise, sigma, clean, torch.tensor(indices))
+        return self._add(noise, torch.tensor(np.stack(numbers)), clean, torch.tensor(indices))
 
-    def _add(self, noise, sigma, clean, indices):
-        noisy = noise.mul_(sigma.view(-1, 1, 1, 1)).add_(clean)
+    def _add(self, noise, numbers, clean, indices):
+        sigma = sigma_map(self.noise_map, clean, self.noise_range, numbers.to(clean.device)).float()
+        noisy = noise.mul_(sigma).add_(clean)
         noisy = noisy.clamp_(0, 1) if self.clipped else noisy
-        return noisy, clean, self.split.labels[indices.to(self.device)]
+        labels = self.split.labels[indices.to(self.device)]
+        return noisy, clean, labels, sigma.expand_as(clean)
 
 
 def half_of_them(images, others, **generator):
@@ -188,10 +215,47 @@ def draw_sigma(uniform, noise_range):
     return low * (high / low) ** uniform if high > low else low + 0 * uniform
 
 
-def noise_text(noise_range):
-    """A range of σ in words: "σ = 0.2", "σ = 0.05 to 0.35"."""
+def sigma_map(kind, clean, noise_range, uniform):
+    """The standard deviation of the noise of every pixel, between the two values of a range.
+
+    Args:
+        kind: "uniform", one σ for an image, see `draw_sigma`; "regions", the higher one in a
+            rectangle of a sixth to a half of the image, the lower one around it; "ramp", from one
+            to the other in a random direction, evenly in octaves; "signal", a variance that grows
+            with the light as that of a sensor, σ² = low² + (high² - low²) · clean ("Practical
+            Poissonian-Gaussian noise modeling", Foi et al. 2008).
+        clean: [n, 3, h, w] in [0, 1].
+        noise_range: (low, high).
+        uniform: numbers in [0, 1), [n, DRAWS[kind]].
+
+    Returns:
+        [n, 1, 1, 1], [n, 1, h, w] or, for "signal", [n, 3, h, w].
+    """
     low, high = noise_range
-    return f"σ = {low:g}" + (f" to {high:g}" if high > low else "")
+    first, *others = uniform[:, :, None, None, None].unbind(1)  # each [n, 1, 1, 1]
+    if kind == "uniform":
+        return draw_sigma(first, noise_range)
+    if kind == "signal":
+        return (low**2 + (high**2 - low**2) * clean).sqrt()
+    y, x = (((torch.arange(n, device=clean.device) + 0.5) / n) for n in clean.shape[2:])
+    y = y[:, None]  # from the top edge, 0, to the bottom, 1
+    if kind == "ramp":
+        along, across = (2 * math.pi * first).cos(), (2 * math.pi * first).sin()
+        place = (along * (x - 0.5) + across * (y - 0.5)) / (along.abs() + across.abs()) + 0.5
+        return low * (high / low) ** place if high > low else low + 0 * place
+    area, (stretch, top, left) = 1 / 6 + first / 3, others
+    height = area.sqrt() * 2 ** (stretch - 0.5)  # at most 1, as the width is
+    width = area / height
+    top, left = top * (1 - height), left * (1 - width)
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return torch.where(inside, high, low)
+
+
+def noise_text(noise_range, noise_map="uniform"):
+    """A range of σ in words: "σ = 0.2", "σ = 0.05 to 0.35", "σ = 0.05 to 0.4 (regions)"."""
+    low, high = noise_range
+    of_map = f" ({noise_map})" if noise_map != "uniform" and high > low else ""
+    return f"σ = {low:g}" + (f" to {high:g}" if high > low else "") + of_map
 
 
 def _generator(*key, device="cpu"):
@@ -200,15 +264,21 @@ def _generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(seed)
 
 
-def noisy_splits(source, noise_level, lossless_share=None, clipped=True):
+def noisy_splits(source, noise_level, lossless_share=None, clipped=True, noise_map="uniform"):
     """(train, val, test) NoisyImageDatasets of an image source, with noise of their own.
 
     With a lossless_share, validation is left to the losslessly stored images. A split that the
     source does not have is None.
 
     Raises:
-        UserError: a lossless_share is given, but there are not both kinds of files.
+        UserError: a lossless_share is given, but there are not both kinds of files; or a noise_map
+            that needs a range of σ, but one σ alone.
     """
+    low, high = as_range(noise_level)
+    if noise_map != "uniform" and not low < high:
+        raise UserError(
+            f"--noise-map {noise_map} lies between two values of σ; give --noise-level LOW HIGH"
+        )
     train, val, test = source.train, source.val, source.test
     if lossless_share is not None:
         if any(split.lossless.all() or not split.lossless.any() for split in (train, val)):
@@ -218,6 +288,6 @@ def noisy_splits(source, noise_level, lossless_share=None, clipped=True):
             )
         val = val[val.lossless]
     return tuple(
-        split and NoisyImageDataset(split, noise_level, stream, clipped=clipped)
+        split and NoisyImageDataset(split, noise_level, stream, "cpu", clipped, noise_map)
         for stream, split in enumerate((train, val, test))
     )

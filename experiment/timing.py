@@ -9,6 +9,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from experiment.user_errors import UserError
 
@@ -43,6 +45,13 @@ def alternate(functions, rounds, seconds, device):
         if len(done) >= 3 and time.perf_counter() - started > seconds:
             break
     return {name: statistics.median(r[name] for r in done) for name in functions}
+
+
+def count_flops(function, *inputs):
+    """FLOPs of all matrix products and convolutions of function(*inputs), two per multiply-add."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
 
 
 def peak_bytes(device):

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something the user can put right; `run_main` prints its one sentence, without a traceback."""
 
 
+class Diverged(UserError):
+    """The loss of a training is not finite any more."""
+
+
 class PatientStream:
     """stdout or stderr, where a lost terminal or a full disk does not end a run."""
 

@@ -50,6 +50,15 @@ def test_moe_takes_an_empty_batch(moe):
     assert moe(torch.zeros(0, 16, 24, dtype=torch.float64))[0].shape == (0, 16, 24)
 
 
+@pytest.mark.parametrize(("tokens", "capacity"), [(1, 0.1), (7, 0.3), (16, 0.25), (16, 1)])
+def test_moe_takes_any_capacity(seeded, tokens, capacity):
+    moe = AdaptiveAttentionMoE(24, 3, (4, 16), capacity)
+    output, routing = moe(torch.randn(2, tokens, 24))
+    assert output.shape == (2, tokens, 24)
+    assert routing.shape == (2, tokens, 3)  # the last: not to attend
+    assert torch.allclose(routing.sum(-1), torch.ones(2, tokens))
+
+
 def test_default_model_has_the_published_parameters():
     model = SmallViT()
     block = model.blocks[0]
@@ -198,6 +207,17 @@ def test_gradients_reach_every_parameter_of_the_refined_model(refined):
             assert parameter.grad.abs().max() > 1e-9, name
 
 
+def test_gradients_reach_every_parameter_of_the_routed_model(seeded):
+    model = SmallViT(MODELS["routed"])
+    assert count_parameters(model) <= 599_689
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    image, routings = model(torch.rand(2, 3, 32, 32))
+    (image.square().mean() + sum(load_balancing_loss(r, 0.25) for r in routings)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
 def test_decoder_sees_every_resolution_of_the_encoder(refined):
     """The skips: what a stage of the encoder makes reaches the output past the tokens."""
     noisy = torch.rand(1, 3, 32, 32)
@@ -269,6 +289,15 @@ def test_denoise_gives_the_images_as_they_are_shown(vit):
         (lambda: AdaptiveAttentionMoE(8, 2, (4, -1)), "got -1"),
         (lambda: AdaptiveAttentionMoE(8, 2, (4,))(torch.zeros(2, 5, 9)), r"\[2, 5, 9\]"),
         (lambda: AdaptiveAttentionMoE(8, 2, (4,))(torch.zeros(5, 8)), r"\[5, 8\]"),
+        (lambda: AdaptiveAttentionMoE(8, 2, (4,), 0), "got 0"),
+        (lambda: AdaptiveAttentionMoE(8, 2, (4,), 1.01), "got 1.01"),
+        (lambda: AdaptiveAttentionMoE(8, 2, (4,), float("nan")), "got nan"),
+        (lambda: ViTConfig(capacity=-0.5), "got -0.5"),
+        (lambda: ViTConfig(capacity="all"), "got 'all'"),
+        (lambda: ViTConfig(capacity=True), "got True"),
+        (lambda: setattr(SmallViT(MODELS["routed"]), "capacity", 2), "got 2"),
+        (lambda: setattr(SmallViT(MODELS["routed"]), "capacity", None), "configuration"),
+        (lambda: setattr(SmallViT(), "capacity", 0.5), "configuration"),
         (lambda: topk_attention(*[torch.zeros(1, 4, 2)] * 3, 0), "got 0"),
         (lambda: ViTConfig(image_size=30), "image_size=30, patch_size=4"),
         (lambda: ViTConfig(channels=(8, 8, 8)), "make patches of 8, got patch_size=4"),

@@ -9,7 +9,15 @@ from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter, load_balan
 from experiment.evaluation import evaluate
 from experiment.noisy_images import NoisyImageDataset
 from experiment.reference import straightforward_expert
-from model_variants import VARIANTS, FirstChoiceRouter, RandomRouter, UniformRouter, with_routers
+from model_variants import (
+    VARIANTS,
+    FirstChoiceRouter,
+    OneOfExperts,
+    RandomRouter,
+    UniformRouter,
+    spread_ranks,
+    with_routers,
+)
 from small_vit import SmallViT
 
 
@@ -137,6 +145,134 @@ def test_each_block_has_a_router_of_its_own():
 def test_experts_start_different():
     moe = AdaptiveAttentionMoE()
     assert not torch.equal(moe.experts[0].query.weight, moe.experts[1].query.weight)
+
+
+# Which tokens attend ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def choosing(seeded):
+    """A float64 layer of which a quarter of the tokens attends."""
+    return AdaptiveAttentionMoE(24, 3, (4, 16), capacity=0.25).double()
+
+
+@pytest.mark.parametrize(("capacity", "count"), [(0.01, 1), (0.25, 4), (0.26, 5), (1.0, 16)])
+def test_the_share_of_tokens_that_attend_is_the_capacity(choosing, capacity, count):
+    """Rounded up, in every image; it may be changed at any time."""
+    choosing.capacity = capacity
+    x = torch.randn(3, 16, 24, dtype=torch.float64)
+    output, routing = choosing(x)
+    assert (output != 0).any(2).sum(1).tolist() == [count] * 3
+    assert choosing.choose(routing).shape == (3, count)
+
+
+def test_rounding_lets_no_further_token_attend(choosing):
+    choosing.capacity = 0.07  # times 100 is 7.000000000000001
+    assert choosing.choose(torch.rand(1, 100, 3)).shape == (1, 7)
+
+
+def test_tokens_attend_that_the_router_is_least_reluctant_about(choosing):
+    output, routing = choosing(torch.randn(3, 16, 24, dtype=torch.float64))
+    attend = (output != 0).any(2)
+    for chosen, reluctance in zip(attend, routing[..., -1], strict=True):
+        assert reluctance[chosen].max() < reluctance[~chosen].min()
+
+
+def test_among_equal_tokens_the_first_attend(choosing):
+    output, routing = choosing(torch.ones(2, 16, 24, dtype=torch.float64))
+    assert choosing.choose(routing).tolist() == [[0, 1, 2, 3]] * 2
+    assert (output[0] != 0).any(1).tolist() == [True] * 4 + [False] * 12
+
+
+def test_a_token_that_attends_is_weighed_by_its_experts_probabilities(choosing):
+    choosing.capacity = 1.0
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    output, routing = choosing(x)
+    experts = [straightforward_expert(expert, x) for expert in choosing.experts]
+    mixed = sum(
+        p.unsqueeze(-1) * y for p, y in zip(routing[..., :2].unbind(-1), experts, strict=True)
+    )
+    assert torch.allclose(output, choosing.merge(mixed), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["capacity, by router", "capacity, by router, local"])
+def test_a_token_that_does_not_attend_gets_the_local_path_alone(seeded, name):
+    block = VARIANTS[name]().blocks[0].double().eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(1, 64, 128, dtype=torch.float64)
+    with torch.no_grad():
+        output, routing = block(x, (8, 8))
+        alone = x
+        if block.local:
+            image = block.norm1(x).transpose(1, 2).unflatten(2, (8, 8))
+            alone = x + block.local(image).flatten(2).transpose(1, 2)
+        alone = alone + block.ffn(block.norm2(alone))
+    attend = torch.zeros(64, dtype=torch.bool)
+    attend[block.attention.choose(routing)[0]] = True
+    assert torch.allclose(output[0, ~attend], alone[0, ~attend], atol=1e-10)
+    assert (output[0, attend] - alone[0, attend]).abs().amax(1).min() > 1e-3
+
+
+def test_attention_that_is_wanted_as_often_as_it_is_had_costs_nothing():
+    """The experts share it evenly; the last probability is not to attend."""
+    wanted = torch.tensor([0.125, 0.125, 0.75]).expand(2, 8, 3)
+    assert load_balancing_loss(wanted, 0.25).item() == pytest.approx(0, abs=1e-7)
+    assert load_balancing_loss(wanted, 0.5) > 0.01
+    assert load_balancing_loss(wanted[..., [0, 2, 1]], 0.25) > 0.01
+
+
+def test_balance_with_a_capacity_agrees_with_torch(seeded):
+    routing = torch.randn(4, 9, 3, dtype=torch.float64).softmax(-1)
+    wanted = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
+    load = routing.mean((0, 1))
+    expected = torch.nn.functional.kl_div(load.log(), wanted, reduction="sum") / 3
+    assert torch.allclose(load_balancing_loss(routing, 0.4), expected)
+    dense = load_balancing_loss(routing, 1.0)
+    assert torch.allclose(dense, -(load[:2] * 2).log().mean() / 3)
+
+
+@pytest.mark.parametrize("choice", ["pattern", "halves"])
+def test_fixed_choices_serve_every_place_once_in_two_blocks(choice):
+    model = VARIANTS[f"capacity, by {choice}"]()
+    model.capacity = 0.5
+    routing, blocks = torch.rand(2, 64, 2), model.blocks
+    first, second = (block.attention.choose(routing) for block in blocks)
+    assert torch.equal(first[0], first[1])
+    assert sorted(first[0].tolist() + second[0].tolist()) == list(range(64))
+
+
+def test_the_pattern_lies_evenly():
+    """Half of the tokens are a checkerboard, a quarter every second one of every second row."""
+    ranks = spread_ranks(64).view(8, 8)
+    rows, columns = torch.arange(8).view(8, 1), torch.arange(8)
+    assert torch.equal(ranks < 32, (rows + columns) % 2 == 0)
+    assert torch.equal(ranks < 16, (rows % 2 == 0) & (columns % 2 == 0))
+    assert sorted(spread_ranks(36).tolist()) == list(range(36))
+
+
+def test_chance_draws_other_tokens_for_every_image_and_pass():
+    layer = VARIANTS["capacity, by chance"]().blocks[0].attention
+    routing = torch.rand(2, 64, 2)
+    drawn = [sorted(places.tolist()) for _ in range(2) for places in layer.choose(routing)]
+    assert len(set(map(tuple, drawn))) == 4
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_one_of_experts_is_the_expert_that_a_token_has(seeded, learned):
+    layer = OneOfExperts(24, 3, 3, learned).double()
+    x = torch.randn(2, 16, 24, dtype=torch.float64)
+    output, routing = layer(x)
+    weight, choice = routing.max(-1)
+    assert len(choice.unique()) > 1
+    key, value = (p(x).unflatten(-1, (3, 8)).transpose(1, 2) for p in (layer.key, layer.value))
+    for image, token in ((0, 0), (1, 5), (1, 15)):
+        expert = choice[image, token]
+        query = layer.query[expert](x[image, token]).view(3, 1, 8)
+        scores = query @ key[image].transpose(-2, -1) / 8**0.5
+        attended = (scores.softmax(-1) @ value[image]).flatten()
+        expected = layer.merge(weight[image, token] * layer.out_proj[expert](attended))
+        assert torch.allclose(output[image, token], expected, atol=1e-10)
 
 
 # Routers of the ablation study ---------------------------------------------------------------

@@ -219,6 +219,26 @@ def test_layer_against_the_straightforward_one(seeded, budgets):
         assert torch.allclose(got, expected, atol=1e-10)
 
 
+@pytest.mark.parametrize("capacity", [0.1, 0.25, 0.5, 1.0])
+def test_gathered_tokens_are_the_masked_ones(seeded, capacity):
+    """Computing the chosen tokens alone equals computing all of them, forward and backward."""
+    moe = AdaptiveAttentionMoE(24, 3, (4, 16), capacity).double()
+    x = torch.randn(3, 16, 24, dtype=torch.float64, requires_grad=True)
+    output, routing = moe(x)
+    chosen = torch.zeros(3, 16, 1, dtype=torch.float64).scatter(
+        1, moe.choose(routing)[..., None], 1
+    )
+    experts = [straightforward_expert(expert, x) for expert in moe.experts]
+    weights = moe.router(x)[..., :-1].unsqueeze(-1).unbind(2)
+    masked = chosen * moe.merge(sum(p * y for p, y in zip(weights, experts, strict=True)))
+    assert torch.allclose(output, masked, atol=1e-12)
+    inputs = (x, *moe.parameters())
+    target = torch.randn_like(output)
+    gradients = [torch.autograd.grad(y, inputs, target) for y in (output, masked)]
+    for name, one, other in zip(("x", *dict(moe.named_parameters())), *gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-10), name
+
+
 def test_default_layer_in_float32(seeded):
     """1e-5 against the oracle wherever rounding did not exchange two keys at the edge."""
     layer, x = AdaptiveAttentionMoE(), torch.randn(4, 64, 128)

@@ -6,11 +6,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import topk_attention as kernel
 from adaptive_attention_moe import AdaptiveAttentionMoE
-from benchmark import count_flops
 from conftest import Recorder
 from experiment.evaluation import evaluate
 from experiment.noisy_images import NoisyImageDataset
 from experiment.reference import straightforward_moe
+from experiment.timing import count_flops
+from model_variants import OneOfExperts
 from small_vit import SmallViT
 from topk_attention import TIES, topk_attention
 
@@ -48,6 +49,28 @@ def test_flops_of_the_layer_are_those_of_the_formula(layer):
     attention = experts * 2 * tokens * width
     expected = 2 * batch * tokens * (router + projections + attention + width * width)
     assert count_flops(layer, torch.randn(batch, tokens, width)) == expected
+
+
+@pytest.mark.parametrize("capacity", [0.125, 0.25, 0.5, 1.0])
+def test_flops_fall_with_the_capacity_as_the_formula_says(seeded, capacity):
+    """Keys and values of all tokens; queries, scores, outputs and merge of the chosen ones."""
+    batch, tokens, width, experts = 3, 64, 128, 2
+    layer = AdaptiveAttentionMoE(k_attend=(32, 64), capacity=capacity)
+    chosen = round(capacity * tokens)
+    router = tokens * (width * 64 + 64 * (experts + 1))
+    keys_and_values = experts * 2 * tokens * width * width
+    of_chosen = experts * (2 * width * width + 2 * tokens * width) + width * width
+    expected = 2 * batch * (router + keys_and_values + chosen * of_chosen)
+    assert count_flops(layer, torch.randn(batch, tokens, width)) == expected
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_one_of_three_experts_computes_as_much_as_one(seeded, learned):
+    x = torch.randn(3, 64, 128)
+    flops = count_flops(OneOfExperts(learned=learned), x)
+    one = count_flops(AdaptiveAttentionMoE(k_attend=(64,)), x)
+    router = 2 * 3 * 64 * 128 * 64
+    assert flops - one == (2 * 3 * 64 * 64 * 2 if learned else -router - 2 * 3 * 64 * 64)
 
 
 def test_flops_of_inference_per_image():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 import ablation_study
 import denoising_experiment_proper as experiment
@@ -15,13 +16,25 @@ from conftest import assert_refused, write_images
 from experiment.evaluation import evaluate
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
+from experiment.timing import count_flops
+from experiment.user_errors import Diverged
 from model_variants import VARIANTS, InTiles
 from small_vit import load_model
 
+DRAWN = {"dataset": "photos", "noise_level": [0.05, 0.4], "noise_map": "ramp", "tiles": []}
+
+
+@pytest.fixture(autouse=True)
+def few_timings(monkeypatch):
+    """A round of two images, in place of a minute for all variants."""
+    monkeypatch.setattr(ablation_study, "TIMED_IMAGES", 2)
+    monkeypatch.setattr(ablation_study, "TIMED_ROUNDS", 1)
+
 
 @pytest.fixture
-def study(call, tmp_path):
-    """Runs ablation_study.py with one step for each variant."""
+def study(call, tmp_path, monkeypatch):
+    """Runs ablation_study.py with one step for each variant and an empty picture after it."""
+    monkeypatch.setattr(ablation_study, "draw", lambda *_: plt.figure(figsize=(1, 1)))
     write_images(tmp_path / "few" / "train", 3)
     write_images(tmp_path / "few" / "test", 2)
     options = ("--dataset", tmp_path / "few", "--batch-size", 2, "--epochs", 1)
@@ -43,17 +56,79 @@ def test_ablation_study_trains_every_variant(study):
     assert routed["U-Net"] == (0,)
     table = Path("ablation_study.md").read_text()
     assert all(f"| {name} | " in table for name in VARIANTS)
+    assert Path("ablation_study.png").exists()
 
 
-def test_ablation_study_trains_as_the_training_script_does(study, call, folder):
-    """The same loop: the study's figure is that of the checkpoint of the same seed."""
-    options = ("--dataset", folder, "--epochs", 2, "--batch-size", 4)
-    names = ("--variants", "published", "--seeds", 42)
-    assert call(ablation_study, *options, *names).returncode == 0
+@pytest.mark.parametrize(
+    ("recipe", "variant", "at"),
+    [("published", "published", "all"), ("routed", "capacity, by router, local", "25 %")],
+)
+def test_ablation_study_trains_as_the_training_script_does(call, folder, recipe, variant, at):
+    """The same loop and noise: its figure is that of the checkpoint of the same seed."""
+    options = ("--dataset", folder, "--recipe", recipe, "--epochs", 2, "--batch-size", 4)
+    assert call(ablation_study, *options, "--variants", variant, "--seeds", 42).returncode == 0
     assert call(experiment, *options, "--output", "m.pt").returncode == 0
-    (row,) = json.loads(Path("ablation_study.json").read_text())["rows"]
-    checkpoint = torch.load("m.pt", weights_only=True)
-    assert row["psnr"] == checkpoint["test"]["psnr_mean"]
+    study = json.loads(Path("ablation_study.json").read_text())
+    (row,), checkpoint = study["rows"], torch.load("m.pt", weights_only=True)
+    (psnr,) = (point["psnr"] for point in row["points"] if point["at"] == at)
+    assert psnr == checkpoint["test"]["psnr_mean"]
+    assert study["recipe"]["noise_map"] == checkpoint["recipe"]["noise_map"]
+
+
+def test_every_budget_of_a_capacity_is_tested_and_timed(study, monkeypatch):
+    """Timed are functions, of which the FLOPs are those of so many images of the table."""
+    names = ("published", "capacity, by router")
+    process = study("--variants", *names)
+    assert process.returncode == 0, process.stderr
+    rows = json.loads(Path("ablation_study.json").read_text())["rows"]
+    points = {(r["variant"], point["at"]): point for r in rows for point in r["points"]}
+    budgets = [(names[1], at) for at in ("100 %", "50 %", "25 %", "12.5 %")]
+    assert list(points) == [(names[0], "all"), *budgets]
+    for figure in ("psnr", "ssim", "mflops"):
+        assert len({points[key][figure] for key in budgets}) == len(budgets), figure
+    assert process.stdout.count("| capacity, by router | ") == len(budgets)
+    assert not re.search(r"\| – \|", process.stdout)
+    monkeypatch.setattr(
+        ablation_study, "alternate", lambda f, *_: {key: count_flops(f[key]) for key in f}
+    )
+    counted = ablation_study.measure_speed(names, 32, torch.device("cpu"))
+    assert counted == {key: round(2e6 * point["mflops"]) for key, point in points.items()}
+    model = VARIANTS[names[0]]().eval()
+    assert counted[names[0], "all"] == 2 * count_flops(model, torch.rand(1, 3, 32, 32))
+
+
+def row(seed, *psnrs):
+    """A row of a study, with points of two budgets or, without figures, of a diverged training."""
+    places = zip(("100 %", "50 %"), psnrs, (1.26, 0.5), strict=False)
+    points = [{"at": a, "psnr": p, "ssim": p / 100, "mflops": m} for a, p, m in places]
+    about = {"variant": "capacity, by router, local", "seed": seed, "parameters": 1234}
+    return about | {"points": points, "train_seconds": 10.0 * seed if psnrs else None}
+
+
+def test_table_and_picture_tell_means_over_seeds():
+    rows = [row(1, 20.0, 19.0), row(2, 22.0, 21.5), row(3)]
+    table = ablation_study.markdown(rows, {"lr": 0.5}, {(rows[0]["variant"], "50 %"): 0.0123})
+    assert table.startswith("lr 0.5\n") and "| MFLOP | ms for 2 images |" in table
+    first, second = table.splitlines()[-2:]
+    start = "| capacity, by router, local |"
+    assert first == (
+        f"{start} 100 % | 1,234 | 2, 1 diverged | 21.000 ± 1.000 | 20.000 | 0.2100 ± 0.0100 | 1.3 "
+        "| – | 15.0 |"
+    )
+    assert second.startswith(f"{start} 50 % |") and second.endswith("| 0.5 | 12.3 | 15.0 |")
+    (axis,) = ablation_study.draw(rows, DRAWN).axes
+    assert axis.get_title() == "photos, σ = 0.05 to 0.4 (ramp)"
+    assert axis.get_xlabel() == "MFLOP per image"
+    ((line, *_),) = axis.containers
+    assert line.get_xydata().tolist() == [[1.26, 21.0], [0.5, 20.25]]
+    plt.close("all")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_without_curves_is_drawn_in_silence():
+    """Its rows have all diverged."""
+    ablation_study.draw([row(3)], DRAWN)
+    plt.close("all")
 
 
 def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
@@ -73,6 +148,8 @@ def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
     assert trained == [*names, "random weights"]
     process = study("--variants", *names, "--lr", 0.5)
     assert_refused(process, "lr 0.001, this one has 0.5", "--output")
+    process = study("--variants", *names, "--noise-level", 0.1, 0.3, "--noise-map", "ramp")
+    assert_refused(process, "noise_level [0.2, 0.2], this one has [0.1, 0.3]", "--output")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +158,7 @@ def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
         ('"parameters": 599689', '"parameters": 7', "'published' with 7 parameters"),
         ('"variant": "published"', '"variant": "older"', "'older' with 599,689 parameters"),
         ('"ssim"', '"similarity"', "no result of this script"),
+        ('"mflops": ', '"mflops": -', "no result of this script"),
     ],
 )
 def test_ablation_study_refuses_rows_of_other_variants(study, replaced, by, message):
@@ -113,6 +191,9 @@ def test_ablation_study_does_not_touch_other_files(study):
     Path("README.md").write_text("mine")
     assert_refused(study("--output", "README.json"), "README.md is not of this study")
     assert Path("README.md").read_text() == "mine"
+    Path("drawn.png").write_text("mine")
+    assert_refused(study("--output", "drawn.json"), "drawn.png is not of this study")
+    assert Path("drawn.png").read_text() == "mine"
     Path("mine.json").write_text("[]")
     assert_refused(study("--output", "mine.json"), "mine.json", "--output")
     assert Path("mine.json").read_text() == "[]"
@@ -124,7 +205,7 @@ def test_a_variant_that_diverges_does_not_end_the_study(study, monkeypatch):
 
     def train_variant(name, *arguments):
         if name == "published":
-            raise experiment.Diverged("the loss is not finite in epoch 1")
+            raise Diverged("the loss is not finite in epoch 1")
         original(name, *arguments)
 
     monkeypatch.setattr(ablation_study, "train_variant", train_variant)
@@ -132,15 +213,15 @@ def test_a_variant_that_diverges_does_not_end_the_study(study, monkeypatch):
     assert study("--variants", *names).returncode == 0
     process = study("--variants", *names)  # it is not tried again
     assert process.returncode == 0, process.stderr
-    assert "| published | 599,689 | 0, 1 diverged | – | – |" in process.stdout
+    assert "| published | – | 599,689 | 0, 1 diverged | – | – | – |" in process.stdout
     rows = json.loads(Path("ablation_study.json").read_text())["rows"]
-    assert [row["psnr"] is None for row in rows] == [True, False]
+    assert [len(row["points"]) for row in rows] == [0, 1]
 
 
 def test_a_seed_counts_once(study):
     process = study("--variants", "published", seeds=(3, 3, 3))
     assert process.returncode == 0, process.stderr
-    assert "| published | 599,689 | 1 |" in process.stdout
+    assert "| published | all | 599,689 | 1 |" in process.stdout
 
 
 def test_parts_of_a_trained_model_are_replaced(trained, photos, call, monkeypatch):
@@ -184,14 +265,20 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
     process = call(ablation_study, *options, "--variants", *names, "--tiles", 16, 32)
     assert process.returncode == 0, process.stderr
     rows = json.loads(Path("ablation_study.json").read_text())["rows"]
-    assert [list(row["psnr_in_tiles"]) for row in rows] == [["16", "32"]] * 4
-    assert all(row["psnr_in_tiles"]["16"] != row["psnr"] for row in rows)
-    assert "PSNR in tiles of 32 |" in Path("ablation_study.md").read_text()
+    places = ["all", "tiles of 16×16", "tiles of 32×32"]
+    assert [[point["at"] for point in row["points"]] for row in rows] == [places] * 4
+    for row in rows:
+        whole, small, _ = row["points"]
+        assert small["psnr"] != whole["psnr"] and small["ssim"] is None
+        flops = count_flops(VARIANTS[row["variant"]]().eval(), torch.rand(1, 3, 16, 16))
+        assert small["mflops"] == whole["mflops"] == flops / 1e6  # of a crop
+    table = Path("ablation_study.md").read_text()
+    assert len(re.findall(r"\| tiles of 32×32 \| .* ± .* \| – \| .* \| – \| ", table)) == 2
     assert Path("ablation_study.png").stat().st_size > 10_000
     process = call(ablation_study, *options, "--variants", *names)
     assert_refused(process, "tiles [16, 32]")
     earlier = Path("ablation_study.json").read_text()
-    for change in ({"psnr_in_tiles": None}, {"psnr_in_tiles": {}}, {"train_seconds": None}):
+    for change in ({"points": None}, {"points": [{}]}, {"train_seconds": None}):
         study = json.loads(earlier)
         study["rows"][0] |= change
         Path("ablation_study.json").write_text(json.dumps(study))

@@ -52,7 +52,7 @@ def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch, anoth
     assert results["tokens"][1]["extra_bytes"]["straightforward"] > 0
     variants = {"this", "straightforward", "dense"}
     for row in results["rows"][:4]:
-        assert row["seconds"].keys() == variants | {"refined"}
+        assert row["seconds"].keys() == variants | {"refined", "routed"}
         assert row["times_faster"] > 0 and 0 < row["part_of_rate"] < 2
     assert all(row["seconds"].keys() == variants for row in results["tokens"])
     assert [row["model"] for row in results["photograph"]] == list(benchmark.DENOISERS)

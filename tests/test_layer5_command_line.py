@@ -16,6 +16,7 @@ import torch
 import torchvision
 
 import ablation_study
+import compare_baselines
 import debug_evaluation
 import debug_test_data
 import denoising_experiment_proper as experiment
@@ -46,11 +47,14 @@ def test_help_explains_every_option(call, script):
     assert process.returncode == 0
     assert "\nexample: python " in process.stdout
     options = re.split(r"\n  (?=-)", process.stdout)[2:]  # the first is --help itself
+    usage = process.stdout.split("\n\n")[0]
     assert options
     for option in options:
         described = " ".join(option.split())
         assert len(described) > 30, option
         assert "default" in described, option
+        for name in re.findall(r"--[a-z]\S*[a-z]", described):
+            assert name in usage, option
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,25 @@ def test_noise_levels_have_to_ascend(call, folder):
     assert_refused(call(experiment, *options, 0.3, 0.1), "--noise-level", "ascending")
     assert_refused(call(experiment, *options, 0.1, 0.2, 0.3), "--noise-level", "ascending")
     assert_refused(call(experiment, *options, 0, 0.3), "--noise-level", "above 0")
+
+
+@pytest.mark.parametrize("script", [experiment, visualize_training_data])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("regions",), "--noise-map regions lies between two values of σ"),
+        (("ramp", "--noise-level", 0.1, 0.1), "--noise-map ramp lies between two values of σ"),
+        (("stripes", "--noise-level", 0.1, 0.2), "--noise-map: invalid choice: 'stripes'"),
+    ],
+)
+def test_an_impossible_noise_map_is_refused(call, script, arguments, words):
+    assert_refused(call(script, "--dataset", "photos", "--noise-map", *arguments), words)
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("script", [compare_baselines, visualize_proper_results])
+def test_a_trained_model_is_not_asked_for_a_map(call, script):
+    assert_refused(call(script, "--noise-map", "regions"), "unrecognized arguments: --noise-map")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
@@ -203,6 +226,7 @@ def test_any_name_is_no_obstacle(folder, tmp_path):
         "    sys.argv = [name, *(odd if a == 'ODD' else a for a in arguments)]\n"
         "    script = importlib.import_module(name)\n"
         "    script.PERCENTILES = (5, 95)\n"  # of images to draw, which takes most of the time
+        "    script.TIMED_IMAGES = 2\n"
         "    try: script.run_main(script.main)\n"
         "    except SystemExit as ended: assert ended.code == 0"
     )

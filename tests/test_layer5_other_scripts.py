@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 
 import ablation_study
@@ -15,12 +16,25 @@ import debug_test_data
 import denoising_experiment_proper as experiment
 import visualize_proper_results
 import visualize_training_data
-from conftest import SHORT, read_csv
+from conftest import SHORT, read_csv, run_here
 from experiment.checkpoints import write_checkpoint
-from experiment.noisy_images import NoisyImageDataset
+from experiment.image_sources import load_images
+from experiment.noisy_images import DRAWS, NoisyImageDataset, noise_text
 from small_vit import MODELS, SmallViT
 
 # Pictures ------------------------------------------------------------------------------------
+
+
+def titles_of_pictures(script, monkeypatch):
+    """A list that gets the titles of a script's picture and its axes, which stays unwritten."""
+    titles = []
+
+    def tell(figure, _):
+        titles.extend([figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)])
+        plt.close(figure)
+
+    monkeypatch.setattr(script, "write_figure", tell)
+    return titles
 
 
 def test_visualization_shows_and_tells_the_whole_test_set(trained, call, monkeypatch):
@@ -73,32 +87,70 @@ def test_training_data_script_accepts_right_noise(call):
         assert min(picture.size) > 800
 
 
-@pytest.mark.parametrize("actual", [0.19, 0.21])
-def test_training_data_script_notices_wrong_noise(call, monkeypatch, actual):
-    def off(self, noise, sigma, *others):
-        return original(self, noise, torch.full_like(sigma, actual), *others)
+@pytest.mark.parametrize("noise_map", DRAWS)
+def test_training_data_script_accepts_every_map(call, monkeypatch, noise_map):
+    monkeypatch.setattr(visualize_training_data, "MEASURED_IMAGES", 256)
+    titles = titles_of_pictures(visualize_training_data, monkeypatch)
+    options = ("--noise-level", 0.05, 0.4, "--noise-map", noise_map)
+    process = call(visualize_training_data, "--dataset", "photos", *options)
+    assert process.returncode == 0, process.stdout
+    assert titles[0].endswith(f", {noise_text((0.05, 0.4), noise_map)}")
+    assert ("σ" in titles) == (noise_map != "uniform")
 
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    """The training data script measures few images and draws none."""
+    monkeypatch.setattr(visualize_training_data, "MEASURED_IMAGES", 256)
+    for name in ("draw_samples", "write_figure"):
+        monkeypatch.setattr(visualize_training_data, name, lambda *_: None)
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.03])
+@pytest.mark.parametrize(
+    "options", [(), ("--noise-level", 0.05, 0.4, "--noise-map", "regions")], ids=["one", "regions"]
+)
+@pytest.mark.usefixtures("few_samples")
+def test_training_data_script_notices_wrong_noise(call, monkeypatch, options, factor):
     original = NoisyImageDataset._add
-    monkeypatch.setattr(NoisyImageDataset, "_add", off)
-    monkeypatch.setattr(visualize_training_data, "write_figure", lambda *_: None)
+    monkeypatch.setattr(
+        NoisyImageDataset, "_add", lambda self, noise, *a: original(self, factor * noise, *a)
+    )
+    process = call(visualize_training_data, "--dataset", "photos", *options)
+    assert process.returncode == 1
+    assert re.search("std of the noise .* OFF", process.stdout)
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_training_data_script_notices_noise_of_another_level(call, monkeypatch):
+    """Consistently of σ = 0.19 in place of the 0.2 that was asked for."""
+    monkeypatch.setattr(
+        "experiment.noisy_images.draw_sigma", lambda uniform, _: torch.full_like(uniform, 0.19)
+    )
     process = call(visualize_training_data, "--dataset", "photos")
     assert process.returncode == 1
     assert "OFF" in process.stdout
 
 
-def test_theory_of_the_clamped_noise():
+@pytest.mark.parametrize("sigmas", [(0.3, 0.3, 0.3), (0.3, 0.1, 0.05)])
+def test_theory_of_the_clamped_noise(sigmas):
     """Against a simulation, for a dark, a middle and a bright value."""
     share = torch.zeros(256, dtype=torch.float64)
     share[[0, 100, 240]] = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    clean = torch.multinomial(share, 10**6, True, generator=generator).double() / 255
-    noise = torch.randn(10**6, generator=generator, dtype=torch.float64)
-    difference = (clean + 0.3 * noise).clamp(0, 1) - clean
+    value = torch.multinomial(share, 10**6, True, generator=generator)
+    clean, sigma = value.float() / 255, torch.tensor(sigmas)[value // 100]
+    noise = sigma.double() * torch.randn(10**6, generator=generator, dtype=torch.float64)
+    difference = (clean + noise).clamp(0, 1) - clean
     edges = torch.linspace(-1, 1, 42, dtype=torch.float64)
-    mean, std, shares = visualize_training_data.clipped_noise(share, 0.3, edges)
+    pairs = visualize_training_data.joint_frequency(clean, sigma)
+    mean, std = visualize_training_data.clipped_noise(*pairs)
     assert mean == pytest.approx(difference.mean().item(), abs=1e-3)
     assert std == pytest.approx(difference.std().item(), abs=1e-3)
-    assert torch.allclose(shares, torch.histogram(difference, edges).hist / 10**6, atol=2e-3)
+    for theory, x in zip(
+        visualize_training_data.histograms(*pairs, edges), (difference, noise), strict=True
+    ):
+        assert torch.allclose(theory, torch.histogram(x, edges).hist / 10**6, atol=2e-3)
 
 
 # Checks --------------------------------------------------------------------------------------
@@ -168,6 +220,78 @@ def test_debug_test_data_notices_black_and_leaked_images(folder, call):
     assert process.returncode == 1
     assert "all black" in process.stdout
     assert "byte for byte" in process.stdout
+
+
+# Noise that differs over an image ------------------------------------------------------------
+
+REGIONS = ("--noise-level", 0.05, 0.4, "--noise-map", "regions")
+
+
+@pytest.fixture(scope="module")
+def of_regions(tmp_path_factory):
+    """The checkpoint of two steps with noise of a higher σ in a rectangle."""
+    output = tmp_path_factory.mktemp("of_regions") / "model.pt"
+    options = ("--recipe", "quick", "--steps", 2, *REGIONS, "--output", output)
+    process = run_here(experiment, "--dataset", "photos", *options)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"noise +σ = 0.05 to 0.4 \(regions\)", process.stdout)
+    return output
+
+
+@pytest.fixture
+def few_tested(monkeypatch):
+    """One of 16 test images where a checkpoint is evaluated."""
+    monkeypatch.setattr("experiment.evaluation.NOISE_LEVELS", (0.2,))
+    monkeypatch.setattr(
+        "small_vit.load_images",
+        lambda *a: replace(source := load_images(*a), test=source.test[::16]),
+    )
+
+
+def test_a_checkpoint_names_its_map_and_is_reproduced(of_regions, call):
+    recipe = torch.load(of_regions, weights_only=True)["recipe"]
+    assert (recipe["noise_map"], recipe["noise_level"]) == ("regions", [0.05, 0.4])
+    process = call(debug_evaluation, "--checkpoint", of_regions)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "trained on photos with σ = 0.05 to 0.4 (regions)" in process.stdout
+
+
+@pytest.mark.usefixtures("few_tested", "small_picture")
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [((), "σ = 0.05 to 0.4 (regions)"), (("--noise-level", 0.2), "σ = 0.2")],
+    ids=["as trained", "another σ"],
+)
+def test_a_model_is_tested_with_its_map_or_with_one_sigma(
+    of_regions, photos, call, monkeypatch, options, text
+):
+    noise = ((0.05, 0.4), "regions") if not options else (0.2, "uniform")
+    test_set = NoisyImageDataset(photos.test[::16], noise[0], 2, noise_map=noise[1])
+    noisy = compare_baselines.measure(None, None, test_set)[1].mean()
+    process = call(compare_baselines, "--checkpoint", of_regions, "--model-only", *options)
+    assert process.returncode == 0, process.stderr
+    assert f"\nphotos, 13 test images, {text}\n" in process.stdout
+    assert f"| noisy input | {noisy:.2f} ±" in process.stdout
+
+    titles = titles_of_pictures(visualize_proper_results, monkeypatch)
+    process = call(visualize_proper_results, "--checkpoint", of_regions, *options)
+    assert process.returncode == 0, process.stderr
+    assert titles[0].startswith(f"Worst to best of 13 test images, {text}\n")
+    assert ("σ of the noise" in titles) == (not options)
+    rows = read_csv("denoising_visualization_proper_images.csv")
+    mean = np.mean([float(row["noisy_psnr_db"]) for row in rows])
+    assert mean == pytest.approx(noisy, abs=1e-3)
+
+
+@pytest.mark.usefixtures("few_tested")
+def test_recipes_from_before_the_maps_mean_one_sigma_for_an_image(of_regions, call):
+    checkpoint = torch.load(of_regions, weights_only=True)
+    del checkpoint["recipe"]["noise_map"]
+    write_checkpoint(checkpoint, "old.pt")
+    process = call(compare_baselines, "--checkpoint", "old.pt", "--model-only")
+    assert process.returncode == 0, process.stderr
+    assert "trained on photos with σ = 0.05 to 0.4\n" in process.stdout
+    assert "\nphotos, 13 test images, σ = 0.225\n" in process.stdout  # their middle
 
 
 # Baselines -----------------------------------------------------------------------------------

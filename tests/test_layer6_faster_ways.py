@@ -118,9 +118,12 @@ def test_training_runs_what_torch_compile_made(few, plain):
     assert calls == [4] * 3 * 4  # a smaller batch is left to the model itself
 
 
-def test_models_compile_to_one_graph(seeded):
+@pytest.mark.parametrize(
+    "config", [replace(MODELS["refined"], num_layers=1, conv_depth=1), MODELS["routed"]]
+)
+def test_models_compile_to_one_graph(seeded, config):
     """Without the code generator, which needs a C++ compiler; a break in the graph would raise."""
-    model, gradients = SmallViT(replace(MODELS["refined"], num_layers=1, conv_depth=1)), []
+    model, gradients = SmallViT(config), []
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
@@ -223,6 +226,18 @@ def test_batches_of_another_shape_are_not_replayed(vit, monkeypatch):
     step = cuda_graphs.ReplayedStep(lambda noisy, clean: len(noisy), None)
     step.shape, step.warm_up, step.graph = torch.Size([4, 3, 32, 32]), 0, "recorded for four"
     assert step(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_passes_are_recorded_for_every_capacity(seeded):
+    model, images = SmallViT(MODELS["routed"]).cuda().eval(), torch.rand(2, 3, 32, 32).cuda()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    passes = cuda_graphs.ReplayedModel(model)
+    with torch.inference_mode():
+        for model.capacity in (1.0, 0.25) * 3:
+            assert torch.allclose(passes(images)[0], model(images)[0], atol=1e-5)
+    assert len(passes.passes) == 2 and all(passes.passes.values())
 
 
 def test_bfloat16_stays_close_to_float32_and_keeps_float32_weights(few, plain):

@@ -1,9 +1,40 @@
 """Layer 6, noise: it repeats, differs where it must, and comes with every image once."""
 
+import numpy as np
 import pytest
 import torch
 
-from experiment.noisy_images import NoisyImageDataset, noisy_splits
+from experiment.noisy_images import DRAWS, NoisyImageDataset, noise_text, noisy_splits
+
+LOW, HIGH = 0.05, 0.4
+any_map = pytest.mark.parametrize("noise_map", DRAWS)
+
+
+def of_evaluation(dataset):
+    """(noisy, clean, σ) of all images, with their own noise."""
+    noisy, clean, _ = next(dataset.batches(len(dataset)))
+    return noisy, clean, torch.stack([dataset.sigma(i) for i in range(len(dataset))])
+
+
+def of_training(dataset):
+    """(noisy, clean, σ) of all images, mirrored, with fresh noise."""
+    how = {"seed": 0, "epoch": 1, "flip": True, "with_sigma": True}
+    noisy, clean, _, sigma = next(dataset.shuffled_batches(len(dataset), **how))
+    return noisy, clean, sigma
+
+
+both_kinds = pytest.mark.parametrize("draw", [of_evaluation, of_training])
+
+
+@pytest.fixture(scope="module")
+def oblong(photos):
+    """A function(map) that gives 256 images of 24 rows and 32 columns with noise of it."""
+    split = photos.train[:256]
+    split.images = split.images[:, :, :24]
+    return lambda noise_map: NoisyImageDataset(split, (LOW, HIGH), 0, "cpu", False, noise_map)
+
+
+# One σ for an image --------------------------------------------------------------------------
 
 
 def test_flips_mirror_image_and_noise_free_target_alike(photos):
@@ -41,8 +72,152 @@ def test_impossible_noise_levels_are_refused(photos, level):
         NoisyImageDataset(photos.test, level)
 
 
-def test_evaluation_noise_is_the_same_for_any_batch_size(photos):
-    dataset = NoisyImageDataset(photos.test[:50], stream=2)
+@pytest.mark.parametrize("level", [(0.2, 0.2), (LOW, HIGH)])
+def test_noise_of_one_sigma_is_what_it_always_was(photos, level):
+    """Recomputed by hand: figures of trainings and checkpoints rest on it."""
+
+    def generator(*key):
+        seed = np.random.SeedSequence(key).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(seed))
+
+    low, high = level
+    dataset = NoisyImageDataset(photos.train[:40], level, stream=1)
+    images = dataset.split.images.float() / 255
+    for index in range(40):
+        own = np.random.default_rng((1, index))
+        noise = own.standard_normal((3, 32, 32), dtype=np.float32)
+        sigma = np.float32(low * (high / low) ** own.uniform())
+        expected = (torch.from_numpy(noise * sigma) + images[index]).clamp(0, 1)
+        assert torch.equal(dataset[index][0], expected)
+    order = torch.randperm(40, generator=generator(5, 3)).split(16)
+    for step, (noisy, clean, _) in enumerate(dataset.shuffled_batches(16, seed=5, epoch=3)):
+        fresh = generator(5, 3, step)
+        noise = torch.randn(clean.shape, generator=fresh)
+        sigma = low * (high / low) ** torch.rand(len(clean), 1, 1, 1, generator=fresh)
+        assert torch.equal(clean, images[order[step]])
+        assert torch.equal(noisy, (noise * sigma + clean).clamp(0, 1))
+
+
+# σ that differs over an image -----------------------------------------------------------------
+
+
+@both_kinds
+@any_map
+def test_sigma_lies_between_the_two_values(oblong, noise_map, draw):
+    _, clean, sigma = draw(oblong(noise_map))
+    assert sigma.shape == clean.shape and sigma.dtype == torch.float32
+    assert LOW - 1e-6 < sigma.min() == pytest.approx(LOW, rel=0.05)
+    assert HIGH + 1e-6 > sigma.max() == pytest.approx(HIGH, rel=0.05)
+    alike = (sigma == sigma[:, :1, :1, :1]).flatten(1).all(1)
+    assert alike.all() if noise_map == "uniform" else not alike.any()
+
+
+@both_kinds
+def test_regions_are_rectangles_of_the_higher_sigma(oblong, draw):
+    _, _, sigma = draw(oblong("regions"))
+    assert sigma.unique().tolist() == pytest.approx([LOW, HIGH])
+    inside = sigma[:, 0] == sigma.max()
+    assert torch.equal(sigma, torch.where(inside, HIGH, LOW)[:, None].expand_as(sigma))
+    rows, columns = inside.any(2), inside.any(1)
+    assert torch.equal(inside, rows[:, :, None] & columns[:, None])
+    for sides in (rows, columns):
+        padded = torch.nn.functional.pad(sides.int(), (1, 1))
+        assert (padded.diff().abs().sum(1) == 2).all()  # without gaps
+        assert sides[:, 0].any() and sides[:, -1].any() and not sides.all()
+    area = inside.float().mean((1, 2))  # a rectangle of 10 × 13 pixels may gain or lose an edge
+    assert area.min() == pytest.approx(1 / 6, abs=0.04)
+    assert area.max() == pytest.approx(1 / 2, abs=0.04)
+    assert area.mean() == pytest.approx(1 / 3, abs=0.02)
+    tallness = (rows.float().mean(1) / columns.float().mean(1)).log2()  # uniform from -1 to 1
+    assert tallness.mean() == pytest.approx(0, abs=0.12)
+    assert tallness.std() == pytest.approx(3**-0.5, abs=0.06)
+
+
+@both_kinds
+def test_ramps_rise_evenly_in_any_direction(oblong, draw):
+    _, _, sigma = draw(oblong("ramp"))
+    assert torch.equal(sigma, sigma[:, :1].expand_as(sigma))
+    place = (sigma[:, 0] / LOW).log() / np.log(HIGH / LOW)
+    corner = 0.5 / 24 + 1e-3  # the middle of a pixel is not its corner
+    assert (place.amin((1, 2)) < corner).all() and (place.amax((1, 2)) > 1 - corner).all()
+    down, right = place.diff(dim=1), place.diff(dim=2)  # the same everywhere in an image
+    for slope in (down, right):
+        assert torch.allclose(slope, slope[:, :1, :1].expand_as(slope), atol=1e-5)
+    angles = torch.atan2(24 * down[:, 0, 0], 32 * right[:, 0, 0])
+    assert torch.histc(angles, 4, -torch.pi, torch.pi).min() > 44  # of 64 in each quadrant
+
+
+@both_kinds
+def test_the_variance_of_signal_grows_with_the_light(oblong, draw):
+    _, clean, sigma = draw(oblong("signal"))
+    assert torch.allclose(sigma**2, LOW**2 + (HIGH**2 - LOW**2) * clean, atol=1e-6)
+
+
+@both_kinds
+@any_map
+def test_noise_has_the_sigma_that_is_told(oblong, noise_map, draw):
+    noisy, clean, sigma = draw(oblong(noise_map))
+    noise = ((noisy - clean) / sigma).double()
+    middle = (LOW * HIGH) ** 0.5
+    for part in (noise[sigma < middle], noise[sigma > middle]):
+        assert part.numel() > 50_000
+        assert part.std().item() == pytest.approx(1, abs=4 * (2 * part.numel()) ** -0.5)
+        assert part.mean().item() == pytest.approx(0, abs=4 * part.numel() ** -0.5)
+
+
+@pytest.mark.parametrize("noise_map", ["regions", "ramp"])
+def test_every_image_stream_and_step_has_a_map_of_its_own(photos, noise_map):
+    same = photos.test[[0] * 8]
+    first, other = (
+        NoisyImageDataset(same, (LOW, HIGH), stream, noise_map=noise_map) for stream in (0, 1)
+    )
+    maps = [first.sigma(0), first.sigma(1), other.sigma(0)]
+    keys = [(0, 1), (0, 2), (1, 1)]  # of seed and epoch
+    for key in keys:
+        steps = list(first.shuffled_batches(4, *key, with_sigma=True))
+        again = next(first.shuffled_batches(4, *key, with_sigma=True))
+        assert all(map(torch.equal, steps[0], again))
+        maps += [sigma for batch in steps for sigma in batch[3]]
+    assert len({sigma.numpy().tobytes() for sigma in maps}) == 3 + 8 * len(keys)
+
+
+@any_map
+def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
+    dataset = NoisyImageDataset(photos.test[:8], (LOW, HIGH), 3, "cpu", False, noise_map)
+    assert torch.equal(dataset.to("cpu")[5][0], dataset[5][0])
+    fewer = dataset.at((2 * LOW, 2 * HIGH), 6)
+    assert len(fewer) == 6 and fewer.noise_map == noise_map
+    assert torch.allclose(fewer.sigma(5), 2 * dataset.sigma(5))
+    uniform = NoisyImageDataset(photos.test[:8], 0.1, 3, "cpu", False)
+    one = dataset.at(0.1)
+    assert torch.allclose(one.sigma(5), torch.tensor(0.1))
+    assert torch.allclose(one[5][0], uniform[5][0], atol=1e-6)
+    assert one.noise_text == "σ = 0.1"
+
+
+@pytest.mark.parametrize(
+    ("noise_range", "noise_map", "text"),
+    [
+        ((0.2, 0.2), "uniform", "σ = 0.2"),
+        ((0.2, 0.2), "regions", "σ = 0.2"),
+        ((0.05, 0.35), "uniform", "σ = 0.05 to 0.35"),
+        ((0.05, 0.4), "regions", "σ = 0.05 to 0.4 (regions)"),
+    ],
+)
+def test_noise_in_words(photos, noise_range, noise_map, text):
+    assert noise_text(noise_range, noise_map) == text
+    dataset = NoisyImageDataset(photos.test[:1], noise_range, noise_map=noise_map)
+    assert dataset.noise_text == text
+
+
+# Reproducible and different -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "noise_map"), [(0.2, "uniform"), *(((LOW, HIGH), noise_map) for noise_map in DRAWS)]
+)
+def test_evaluation_noise_is_the_same_for_any_batch_size(photos, level, noise_map):
+    dataset = NoisyImageDataset(photos.test[:50], level, stream=2, noise_map=noise_map)
     whole = torch.cat([noisy for noisy, _, _ in dataset.batches(50)])
     for size in (1, 7, 64):
         assert torch.equal(torch.cat([noisy for noisy, _, _ in dataset.batches(size)]), whole)

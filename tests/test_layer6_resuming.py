@@ -36,13 +36,13 @@ def weights(path):
 
 @pytest.mark.parametrize(
     ("stop_after", "recipe"),
-    [(5, "published"), (8, "published"), (14, "published"), (8, "refined")],
+    [(5, "published"), (8, "published"), (14, "published"), (8, "refined"), (8, "routed")],
 )
 def test_resume_gives_the_weights_of_an_uninterrupted_run(
     few, plain, monkeypatch, tmp_path, stop_after, recipe
 ):
     """Killed between epochs, in the second and in the last; all but the last epoch is kept."""
-    changes = {} if recipe == "published" else {"optimizer": "muon", "lr": 4e-3, "name": "refined"}
+    changes = {} if recipe == "published" else {"optimizer": "muon", "lr": 4e-3, "name": recipe}
     whole = train_few(few, **changes) if changes else plain
     files, steps = RunFiles(tmp_path / "m.pt"), []
     original = torch.nn.utils.clip_grad_norm_
@@ -77,7 +77,7 @@ def killed(few, tmp_path_factory):
     """The folder of a run that was killed after its first epoch."""
     folder = tmp_path_factory.mktemp("killed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "print_epoch", raise_killed)
+        patch.setattr(experiment, "epoch_line", raise_killed)
         with pytest.raises(Killed):
             train_few(few, RunFiles(folder / "m.pt"))
     return folder
@@ -160,7 +160,7 @@ def test_moments_without_memory_of_their_own_get_it(few, interrupted):
 def test_a_run_does_not_go_on_with_other_images(call, folder, monkeypatch):
     """Names and numbers stay: one file is replaced, two exchange their names."""
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "print_epoch", raise_killed)
+        patch.setattr(experiment, "epoch_line", raise_killed)
         with pytest.raises(Killed):
             train_on(call, folder, "m.pt")
     one, other = (folder / "test" / "a" / f"00{n}.png" for n in (0, 1))
@@ -177,7 +177,7 @@ def test_a_run_does_not_go_on_with_other_images(call, folder, monkeypatch):
 
 def test_a_kept_run_can_be_gone_on_with(call, folder, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "print_epoch", raise_killed)
+        patch.setattr(experiment, "epoch_line", raise_killed)
         with pytest.raises(Killed):
             train_on(call, folder, "m.pt")
     process = train_on(call, folder, "m.pt")

@@ -1,6 +1,7 @@
 """Layer 6, training: a seed repeats, every part of a recipe counts, a step is its definition."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from conftest import (
     train_on,
     without_seconds,
 )
-from denoising_experiment_proper import Recipe
+from denoising_experiment_proper import RECIPES, Recipe
 from experiment.evaluation import evaluate
 from experiment.image_sources import load_images
 from experiment.muon import Muon, make_optimizer, orthogonalised
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from small_vit import MODELS, SmallViT, load_model
+from visualize_proper_results import attending
 
 # The loop ------------------------------------------------------------------------------------
 
@@ -224,3 +226,21 @@ def test_muon_takes_matrices_of_one_shape_in_one_batch(seeded):
             optimizer.step()
         counts.append(recorder.calls["bmm"] + recorder.calls["baddbmm"])
     assert counts == [15, 15]  # 3 products in each of 5 iterations
+
+
+def test_the_router_learns_where_the_noise_is(photos):
+    """Without a local path: noisy tokens attend three times as often as clean ones, and more."""
+    recipe = replace(RECIPES["routed"], steps=60, epochs=1, seed=0)
+    train_set, val_set, test_set = recipe.splits(photos)
+    torch.manual_seed(recipe.seed)
+    model = SmallViT(replace(MODELS["routed"], local=False))
+    experiment.train(model, train_set, val_set.at(recipe.noise_level, 8), recipe)
+    images = range(64)
+    noisy = torch.stack([test_set[i][0] for i in images])
+    sigma = torch.stack([test_set.sigma(i)[:1] for i in images])
+    part = torch.nn.functional.avg_pool2d((sigma > 0.2).float(), 4).flatten(1)  # [n, tokens]
+    with torch.inference_mode():
+        _, routings = model.eval()(noisy)
+    assert model.capacity == 0.25
+    for attend in attending(model, routings):
+        assert attend[part == 1].float().mean() > 3 * attend[part == 0].float().mean()
