@@ -56,6 +56,7 @@ from experiment.evaluation import (
     validation_mse,
 )
 from experiment.image_sources import load_images
+from experiment.losses import LOSSES
 from experiment.muon import make_optimizer
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from experiment.run_files import RunFiles, locked, write_figure
@@ -65,8 +66,6 @@ from small_vit import MODELS, SmallViT, build_model, count_parameters, load_mode
 # What the original kept in this script stays importable from it.
 __all__ = ["NoisyImageDataset", "SmallViT", "evaluate", "load_model", "train", "training_step"]
 
-PSNR_WEIGHT = 1e-3  # with it, 1 dB near 23 dB weighs what it weighs in the mean squared error
-PSNR_EPS = 1e-5  # an MSE of 50 dB; bounds the gradient of the logarithm
 CLIP_NORM = 1.0
 WARM_UP = 0.1  # part of all steps
 BUDGETS = (1.0, 0.5, 0.25, 0.125)  # of a model with a capacity; steps take them in turn
@@ -89,7 +88,7 @@ class Recipe:
     optimizer: str = "adamw"  # or "muon"
     lr: float = 1e-3  # at the start
     weight_decay: float = 1e-4  # decoupled; of all parameters by adamw, of matrices alone by muon
-    loss: str = "mse"  # or "psnr", see training_step
+    loss: str = "mse"  # of losses.LOSSES
     crop: int | None = None  # side of the random crops of each step, pixels; None: whole images
     flip: bool = False  # mirror each training image left to right with probability 1/2
     transpose: bool = False  # upside down and axes swapped, each with probability 1/2
@@ -171,10 +170,8 @@ def training_step(model, optimizer, noisy, clean, recipe, capacity=None):
         model: denoiser in training mode.
         optimizer: of its parameters.
         noisy, clean: [B, 3, h, w] on the model's device.
-        recipe: its loss, balance_weight and dtype count. "mse" is the mean squared error; "psnr"
-            minus the mean PSNR of the images in dB, times PSNR_WEIGHT, where PSNR_EPS is added to
-            each image's squared error (HINet, Chen et al. 2021). bfloat16 runs matrix products
-            under autocast; weights, tokens and losses stay in float32.
+        recipe: its loss, balance_weight and dtype count. bfloat16 runs matrix products under
+            autocast; weights, tokens and losses stay in float32.
         capacity: that which the model has, None if it has none.
 
     Returns:
@@ -182,11 +179,9 @@ def training_step(model, optimizer, noisy, clean, recipe, capacity=None):
     """
     with autocast(noisy.device, recipe.dtype):
         restored, routings = model(noisy)  # [B, 3, h, w], blocks times [B, N, E]
-    errors = F.mse_loss(restored.float(), clean, reduction="none").mean((1, 2, 3))  # [B]
-    mse, psnr = errors.mean(), -10 * (errors + PSNR_EPS).log10().mean()
+    objective, mse = (f(restored.float(), clean) for f in (LOSSES[recipe.loss], F.mse_loss))
     balances = [load_balancing_loss(routing.float(), capacity) for routing in routings]
     balance = sum(balances, mse.new_zeros(()))
-    objective = mse if recipe.loss == "mse" else -PSNR_WEIGHT * psnr
     optimizer.zero_grad()
     (objective + recipe.balance_weight * balance).backward()
     nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)

@@ -43,7 +43,11 @@ def rank_images(psnrs):
 def summary_table(result):
     """Text table: mean, std, median, mean of the worst and of the best decile."""
     rows = ["             mean     std  median  worst 10 %  best 10 %"]
-    for name, values in (("PSNR (dB)", result.psnr), ("SSIM", result.ssim)):
+    for name, values in (
+        ("PSNR (dB)", result.psnr),
+        ("SSIM", result.ssim),
+        ("sharpness", result.sharpness),
+    ):
         ordered = np.sort(values)
         decile = max(1, len(ordered) // 10)
         (mean, std), median = spread(values), np.median(values)
@@ -221,9 +225,10 @@ def main():
             "noisy_psnr_db": f"{before:.4f}",
             "psnr_db": f"{after:.4f}",
             "ssim": f"{similarity:.5f}",
+            "sharpness": f"{sharp:.4f}",
         }
-        for index, (before, after, similarity) in enumerate(
-            zip(result.noisy_psnr, result.psnr, result.ssim, strict=True)
+        for index, (before, after, similarity, sharp) in enumerate(
+            zip(result.noisy_psnr, result.psnr, result.ssim, result.sharpness, strict=True)
         )
     ]
     write_text(csv_text(rows), table)

@@ -132,7 +132,11 @@ OPTIONS = {
         "weight-decay": dict(
             type=number(float, 0), help="decoupled, of all parameters; by muon, of matrices alone"
         ),
-        "loss": dict(choices=["mse", "psnr"], help="mean squared error, or minus the mean PSNR"),
+        "loss": dict(
+            choices=["mse", "psnr", "charbonnier", "ssim", "lpips"],
+            help="mean squared error; minus the mean PSNR; a smooth absolute error; 1 - SSIM; or "
+            "the first with LPIPS, by the package of that name",
+        ),
         "crop": dict(
             type=number(int, 1, most=4096),
             metavar="PIXELS",

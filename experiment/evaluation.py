@@ -18,6 +18,7 @@ from experiment.cuda_graphs import ReplayedModel
 from experiment.noisy_images import noise_text
 
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
+FLAT = 1e-6  # mean gradient of an image of one value
 NOISE_LEVEL_PIXELS = 2**20  # of the first images of the test set: 1,024 thumbnails
 
 
@@ -30,6 +31,7 @@ class Evaluation:
     psnr: np.ndarray  # float64 [n], dB, of the denoised images
     psnr_8_bits: np.ndarray  # the same, of the denoised images rounded to the values of a file
     ssim: np.ndarray  # float64 [n], of the denoised images
+    sharpness: np.ndarray  # float64 [n], of the denoised images
     utilisation: np.ndarray  # float32 [blocks, E], mean routing probability of each expert
 
     def summary(self):
@@ -68,6 +70,14 @@ def spread(values):
 def ssim(restored, clean):
     """SSIM of one image by scikit-image, 7×7 window; arrays [3, h, w] in [0, 1]."""
     return structural_similarity(clean, restored, data_range=1.0, channel_axis=0)
+
+
+def sharpness(restored, clean):
+    """Mean gradient magnitude of an image over that of the true one: below 1 it is blurred, above
+    there is noise left, or too much contrast; [3, h, w] of at least 2×2 pixels.
+    """
+    one, other = (np.hypot(*np.gradient(x, axis=(1, 2))).mean() for x in (restored, clean))
+    return one / max(other, FLAT)
 
 
 def eval_batches(dataset, device):
@@ -122,7 +132,7 @@ def evaluate(model, dataset):
             for x, y, target in zip(noisy.numpy(), restored.numpy(), clean.numpy(), strict=True):
                 rounded = (255 * y).round() / 255
                 psnrs = (psnr(image, target) for image in (x, y, rounded))
-                scores.append((*psnrs, ssim(y, target)))
+                scores.append((*psnrs, ssim(y, target), sharpness(y, target)))
             if routings:
                 load += torch.stack([r.mean(1).sum(0) for r in routings]).cpu().numpy()
             bar.update(len(clean))

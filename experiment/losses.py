@@ -1,0 +1,83 @@
+"""What a training can minimise: functions of restored and clean images, float32 [B, 3, h, w] in
+about [0, 1], that return a scalar.
+"""
+
+import functools
+
+import torch.nn.functional as F
+
+from experiment.user_errors import UserError
+
+PSNR_WEIGHT = 1e-3  # with it, 1 dB near 23 dB weighs what it weighs in the mean squared error
+PSNR_EPS = 1e-5  # an MSE of 50 dB; bounds the gradient of the logarithm
+CHARBONNIER_EPS = 1e-3  # below such differences the loss is a parabola
+SSIM_WINDOW = 7  # pixels, scikit-image's default
+LPIPS_WEIGHT = 0.01  # beside the mean squared error, which is about 0.003 where LPIPS is about 0.1
+
+
+def mse(restored, clean):
+    """Mean squared error."""
+    return F.mse_loss(restored, clean)
+
+
+def psnr(restored, clean):
+    """Minus the mean PSNR of the images in dB, times PSNR_WEIGHT; PSNR_EPS is added to each image's
+    squared error (HINet, Chen et al. 2021).
+    """
+    errors = (restored - clean).square().mean((1, 2, 3))
+    return 10 * PSNR_WEIGHT * (errors + PSNR_EPS).log10().mean()
+
+
+def charbonnier(restored, clean):
+    """Mean of √(difference² + ε²) - ε, a smooth absolute error (LapSRN, Lai et al. 2017)."""
+    return ((restored - clean).square() + CHARBONNIER_EPS**2).sqrt().mean() - CHARBONNIER_EPS
+
+
+def ssim(restored, clean):
+    """1 - SSIM in a uniform window, as scikit-image measures it (Wang et al. 2004).
+
+    Raises:
+        UserError: the images are smaller than the window.
+    """
+    if min(clean.shape[-2:]) < SSIM_WINDOW:
+        raise UserError(f"--loss ssim needs images of at least {SSIM_WINDOW}×{SSIM_WINDOW} pixels")
+    mean = functools.partial(F.avg_pool2d, kernel_size=SSIM_WINDOW, stride=1)
+    unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
+    x, y = mean(restored), mean(clean)
+    squares = x.square() + y.square()
+    variances = unbiased * (mean(restored.square()) + mean(clean.square()) - squares)
+    covariance = unbiased * (mean(restored * clean) - x * y)
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * x * y + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
+    return 1 - similarity.mean()
+
+
+def lpips(restored, clean):
+    """Mean squared error + LPIPS_WEIGHT · LPIPS, the distance of AlexNet's features (Zhang et al.
+    2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric").
+
+    Raises:
+        UserError: there is no package lpips, or its weights cannot be had.
+    """
+    distance = lpips_network(clean.device)(restored, clean, normalize=True)
+    return mse(restored, clean) + LPIPS_WEIGHT * distance.mean()
+
+
+@functools.cache
+def lpips_network(device):
+    """The package's network, which it downloads once."""
+    try:
+        import lpips as package
+    except ImportError:
+        raise UserError("--loss lpips needs the package of that name: pip install lpips") from None
+    try:
+        network = package.LPIPS(net="alex", verbose=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--loss lpips: AlexNet's weights could not be downloaded ({error}); connect once, or "
+            "choose another --loss"
+        ) from None
+    return network.requires_grad_(False).eval().to(device)
+
+
+LOSSES = {f.__name__: f for f in (mse, psnr, charbonnier, ssim, lpips)}
