@@ -29,11 +29,12 @@ def flat(figures):
 
 
 def compare(stored, measured):
-    """Rows (name, stored, measured, agrees) for every figure of two summaries."""
-    rows, measured = [], flat(measured)
-    for name, before in flat(stored).items():
+    """Rows (name, stored, measured, agrees) for every figure of one of two summaries."""
+    rows, stored, measured = [], flat(stored), flat(measured)
+    for name in {**stored, **measured}:
         tolerance = next((TOLERANCES[kind] for kind in TOLERANCES if kind in name), 0)
-        now = measured.get(name, math.nan)  # the number of images has to be the same
+        # The number of images has to be the same, and that of experts
+        before, now = stored.get(name, math.nan), measured.get(name, math.nan)
         rows.append((name, before, now, before == now or abs(before - now) <= tolerance))
     return rows
 

@@ -151,6 +151,11 @@ def _load_photos(crop):
             photo = getattr(skimage.data, name)()
             photo = photo[0] if name == "stereo_motorcycle" else photo  # the left view
             before = len(images)
+            if crop and min(photo.shape[:2]) < crop:
+                raise UserError(
+                    f"--crop {crop}: {name}, one of the photographs inside scikit-image, has only "
+                    f"{photo.shape[1]}×{photo.shape[0]} pixels"
+                )
             if crop:
                 images.append(photo)
             for scale in () if crop else (3, 4, 6, 8):  # thumbnails, as busy as CIFAR's
@@ -227,16 +232,19 @@ def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     decode = partial(_decode, folder, paths, crop)
     of_these = partial(_can_be_decoded_from, len(paths))
     found = decode() if crop else remembered(paths, data_dir, decode, of_these)
+    skipped = ""
     if len(found["skipped"]):
         named = "; ".join(found["skipped"][:5]) + ("; …" if len(found["skipped"]) > 5 else "")
-        where = f"{len(found['skipped'])} of {len(paths)} files in {folder}"
-        print(printable(f"warning: skipped {where}: {named}"), file=sys.stderr)
+        skipped = f"skipped {len(found['skipped'])} of {len(paths)} files in {folder}: {named}"
     files, group = np.unique(found["files"], return_inverse=True)
     if len(files) < fewest:
         raise UserError(
             f"{folder} holds {len(files)} readable image files of at least "
             f"{crop or SIZE}×{crop or SIZE} pixels; training takes 2 or more and testing 1"
+            + (f" ({skipped})" if skipped else "")
         )
+    if skipped:
+        print(printable(f"warning: {skipped}"), file=sys.stderr)
     labels = [classes.index(class_of[paths[file]]) for file in found["files"]]
     return _split(found["images"], labels, found["lossless"], crop), torch.from_numpy(group)
 

@@ -95,7 +95,12 @@ def stored_lossless(image, file):
         return image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
     if image.format == "WEBP":
         file.seek(12)
-        return file.read(4) == b"VP8L"
+        while len(head := file.read(8)) == 8:  # of a chunk: name and size
+            if head[:4] in (b"VP8L", b"VP8 "):
+                return head[:4] == b"VP8L"
+            size = int.from_bytes(head[4:], "little")
+            file.seek(size + size % 2, os.SEEK_CUR)
+        return False
     return image.format in LOSSLESS
 
 

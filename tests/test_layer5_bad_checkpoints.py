@@ -95,6 +95,15 @@ def test_wrong_contents_of_a_checkpoint_are_named(trained, call, change, words):
     assert words in process.stderr and "\x1b" not in process.stderr + process.stdout
 
 
+@pytest.mark.parametrize("experts", [2, 4])
+def test_figures_of_another_number_of_experts_disagree(trained, call, experts):
+    forged = {**trained.checkpoint, "test": dict(trained.checkpoint["test"])}
+    forged["test"]["utilisation"] = [[*of, 0.1][:experts] for of in forged["test"]["utilisation"]]
+    torch.save(forged, "forged.pt")
+    process = call(debug_evaluation, "--checkpoint", "forged.pt", "--dataset", "photos")
+    assert process.returncode == 1 and "2 of" in process.stdout
+
+
 def test_damage_inside_a_checkpoint_is_seen(trained, call):
     """torch ignores the checksums of the archive."""
     data = bytearray((trained.path / "model.pt").read_bytes())

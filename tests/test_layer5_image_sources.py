@@ -192,6 +192,8 @@ def test_the_decoder_tells_whether_a_file_is_lossless(tmp_path):
         ("packed.tif", {"compression": "tiff_lzw"}, True),
         ("a.webp", {"lossless": True}, True),
         ("b.webp", {}, False),
+        ("h.webp", {"lossless": True, "icc_profile": b"odd"}, True),  # in the extended format
+        ("i.webp", {"icc_profile": b"odd"}, False),
         ("a.jp2", {}, False),
         ("a.bmp", {}, True),
     ):

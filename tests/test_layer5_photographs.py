@@ -158,7 +158,9 @@ def test_photographs_smaller_than_the_crop_are_named_and_skipped(call, tmp_path,
     assert "000.png (80×60 pixels, less than 64)" in capsys.readouterr().err
     options = ("--dataset", "images", "--recipe", "photographs", "--crop", 128)
     process = call(experiment, *options, "--output", "m.pt")
-    assert process.returncode == 2 and "at least 128×128" in process.stderr
+    assert_refused(process, "at least 128×128", "skipped 3 of 3", "80×60")
+    process = call(experiment, "--dataset", "photos", "--recipe", "photographs", "--crop", 1000)
+    assert_refused(process, "--crop 1000", "only 512×512")
     process = call(experiment, "--recipe", "photographs", "--data-dir", tmp_path)
     assert_refused(process, "--crop 96", "CIFAR-10", "32×32")
 
