@@ -29,9 +29,9 @@ from denoising_experiment_proper import BUDGETS, RECIPES, recipe_of, train
 from experiment.checkpoints import check, check_same_recipe, loads, real, whole
 from experiment.command_line import add_output, make_parser, number, select_device
 from experiment.cuda_graphs import ReplayedModel
+from experiment.degradations import damage_of
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, spread
 from experiment.image_sources import SIZE, load_images
-from experiment.noisy_images import noise_text
 from experiment.run_files import locked, write_figure, write_text
 from experiment.timing import alternate, count_flops
 from experiment.user_errors import Diverged, UserError, run_main
@@ -69,7 +69,7 @@ def measure(name, recipe, splits, tiles):
     device = train_set.device
     started = time.perf_counter()
     torch.manual_seed(recipe.seed)
-    model = VARIANTS[name]().to(device)
+    model = made(name, train_set.degradation.channels).to(device)
     row = {"variant": name, "seed": recipe.seed, "parameters": count_parameters(model)}
     row |= {"points": [], "train_seconds": None, "utilisation": None}
     try:
@@ -82,13 +82,28 @@ def measure(name, recipe, splits, tiles):
     for budget in budgets_of(model):
         figures = evaluate(model, test_set).summary()
         point = {"at": at(budget), "psnr": figures["psnr_mean"], "ssim": figures["ssim_mean"]}
-        row["points"].append(point | {"mflops": mflops(model, side)})
+        image = torch.rand(1, train_set.degradation.channels, side, side)
+        row["points"].append(point | {"mflops": mflops(model, image)})
         row["utilisation"] = figures["utilisation"]
     for tile in tiles:
         decibels = mean_psnr(InTiles(model, tile).eval(), test_set, device)
         point = {"at": f"tiles of {tile}×{tile}", "psnr": decibels, "ssim": None}
-        row["points"].append(point | {"mflops": row["points"][0]["mflops"]})
+        row["points"].append(point | {"mflops": mflops(model, image)})
     return row
+
+
+def made(name, channels):
+    """A variant, untrained, that reads images of so many channels.
+
+    Raises:
+        UserError: it reads three, always.
+    """
+    try:
+        return VARIANTS[name](**({} if channels == 3 else {"in_channels": channels}))
+    except TypeError:
+        raise UserError(
+            f"--variants {name!r} reads three channels, no mask; leave it out"
+        ) from None
 
 
 def budgets_of(model):
@@ -96,8 +111,10 @@ def budgets_of(model):
     if getattr(model, "capacity", None) is None:
         yield None
         return
+    trained = model.capacity
     for model.capacity in BUDGETS:
         yield model.capacity
+    model.capacity = trained
 
 
 def at(budget):
@@ -105,9 +122,8 @@ def at(budget):
 
 
 @torch.inference_mode()
-def mflops(model, side):
-    """Millions of FLOPs of an image of that side, on the CPU, which counts what kernels hide."""
-    image = torch.rand(1, 3, side, side)
+def mflops(model, image):
+    """Millions of FLOPs of an image, on the CPU, which counts what kernels hide."""
     return count_flops(copy.deepcopy(model).cpu().eval(), image) / 1e6
 
 
@@ -120,11 +136,11 @@ def mean_psnr(model, dataset, device):
     )
 
 
-def measure_speed(names, side, device):
+def measure_speed(names, channels, side, device):
     """Seconds in which TIMED_IMAGES images are denoised, side by side: {(variant, at): seconds}."""
-    images, functions = torch.rand(TIMED_IMAGES, 3, side, side, device=device), {}
+    images, functions = torch.rand(TIMED_IMAGES, channels, side, side, device=device), {}
     for name in names:
-        model = VARIANTS[name]().to(device)
+        model = made(name, channels).to(device)
         passes = ReplayedModel(model).eval()
 
         def take(budget, model=model, passes=passes):
@@ -185,7 +201,7 @@ def draw(rows, recipe):
         axis.errorbar(places, means, stds, fmt=f".{style}", capsize=3, label=name)
     axis.set(
         ylabel="PSNR (dB)",
-        title=f"{recipe['dataset']}, {noise_text(recipe['noise_level'], recipe['noise_map'])}",
+        title=f"{recipe['dataset']}, {damage_of(recipe)}",
     )
     if recipe["tiles"]:
         axis.set_title(f"Trained on crops of {recipe['crop']}×{recipe['crop']}")
@@ -274,8 +290,9 @@ def read_rows(output, recipe):
         raise UserError(f"{output} is no result of this script; name another --output") from None
     advice = "repeat its options to go on with it, or name another --output"
     check_same_recipe(earlier["recipe"], recipe, f"{output} holds a study with", advice)
+    channels = 4 if recipe["task"] == "inpaint" else 3
     for name, parameters in {(row["variant"], row["parameters"]) for row in earlier["rows"]}:
-        if name not in VARIANTS or count_parameters(VARIANTS[name]()) != parameters:
+        if name not in VARIANTS or count_parameters(made(name, channels)) != parameters:
             raise UserError(
                 f"{output} holds {name!r} with {parameters:,} parameters, which this version of "
                 "the script does not train; name another --output"
@@ -288,7 +305,8 @@ def parse_args():
         "Trains variants of the model by one recipe and compares them. Goes on where an earlier "
         "run with the same --output stopped.",
         "python ablation_study.py --dataset photos --recipe refined --epochs 10 --seeds 0 1 2",
-        *("dataset", "data-dir", "noise-level", "noise-map", "device", "threads", "dtype"),
+        *("dataset", "data-dir", "noise-level", "noise-map", "task", "scale", "holes"),
+        *("device", "threads", "dtype"),
         recipe=RECIPES,
     )
     parser.set_defaults(dataset=None)
@@ -366,7 +384,7 @@ def run_study(args, recipe, files, device):
             rows.append(measure(name, replace(recipe, seed=seed), splits, args.tiles))
             write_results(files, settings, rows)
     names = dict.fromkeys(row["variant"] for row in rows if row["points"])
-    speed = measure_speed(names, recipe.crop or SIZE, device)
+    speed = measure_speed(names, splits[0].degradation.channels, recipe.crop or SIZE, device)
     write_results(files, settings, rows, speed)
     print(f"\n{markdown(rows, settings, speed)}\nwrote {', '.join(map(str, files))}")
     return 0

@@ -6,9 +6,18 @@ Every classical method gets the strength, out of a short list, that is best on t
 images: the comparison favours them. Prints a Markdown table.
 """
 
+import cv2
 import numpy as np
+import torch
+from PIL import Image
+from skimage.color import rgb2ycbcr
 from skimage.filters import gaussian
-from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
+from skimage.restoration import (
+    denoise_nl_means,
+    denoise_tv_chambolle,
+    denoise_wavelet,
+    inpaint_biharmonic,
+)
 from tqdm import tqdm
 
 from experiment.command_line import make_parser, number, ratio
@@ -50,6 +59,75 @@ def baselines(sigma):
             [0.4, 0.6, 0.8],
         ),
     }
+
+
+def lanczos(clean, degradation):
+    """[3, h, w] -> the same, reduced as the model's images are and enlarged by Lanczos's filter."""
+    small = degradation.reduced(torch.from_numpy(clean).unsqueeze(0))[0].permute(1, 2, 0)
+    file = Image.fromarray((255 * small).round().byte().numpy())
+    large = file.resize(clean.shape[:0:-1], Image.Resampling.LANCZOS)
+    return np.asarray(large).transpose(2, 0, 1) / np.float32(255)
+
+
+def telea(degraded):
+    """[4, h, w] -> [3, h, w] by "An image inpainting technique based on the fast marching method",
+    Telea 2004, as OpenCV does it, in 8 bits.
+    """
+    image = np.ascontiguousarray((255 * degraded[:3]).round().astype(np.uint8).transpose(1, 2, 0))
+    restored = cv2.inpaint(image, (degraded[3] == 0).astype(np.uint8), 3, cv2.INPAINT_TELEA)
+    return restored.transpose(2, 0, 1) / np.float32(255)
+
+
+def biharmonic(degraded):
+    """[4, h, w] -> [3, h, w], as scikit-image does it."""
+    return inpaint_biharmonic(degraded[:3], degraded[3] == 0, channel_axis=0)
+
+
+def other_baselines(degradation):
+    """{name: function(degraded, clean) -> restored} for what is no noise."""
+    if degradation.task == "super-resolution":
+        return {"bicubic": lambda x, _: x, "Lanczos": lambda _, y: lanczos(y, degradation)}
+    return {
+        "holes": lambda x, _: x[:3],
+        "Telea": lambda x, _: telea(x),
+        "biharmonic": lambda x, _: biharmonic(x),
+    }
+
+
+def special_psnr(degradation, degraded, restored, clean):
+    """PSNR in dB as the task's papers have it: of the luma without a border of `scale` pixels, or
+    of the pixels in the holes.
+    """
+    if degradation.task == "inpaint":
+        holes = degraded[3] == 0
+        return psnr(restored[:, holes], clean[:, holes])
+    inner = (slice(degradation.scale, -degradation.scale),) * 2
+    one, other = (rgb2ycbcr(x, channel_axis=0)[0][inner] / 255 for x in (restored, clean))
+    return psnr(one, other)
+
+
+def compare_others(model, test_set):
+    """Prints the table of a task that is no noise; returns the model's Evaluation."""
+    degradation, device = test_set.degradation, next(model.parameters()).device
+
+    @torch.inference_mode()
+    def this_model(degraded, _):
+        return model(torch.from_numpy(degraded).unsqueeze(0).to(device))[0][0].cpu().numpy()
+
+    result = evaluate(model, test_set)  # leaves it in evaluation mode
+    special = "in the holes" if degradation.task == "inpaint" else "luma"
+    print(f"\n| method | PSNR (dB) | SSIM | PSNR (dB), {special} |\n|---|---|---|---|")
+    methods = other_baselines(degradation) | {"**this model**": this_model}
+    for name in tqdm(methods, "methods", leave=False, disable=None):
+        scores = []
+        for degraded, clean, _ in test_set.batches(1):
+            x, y = degraded[0].numpy(), clean[0].numpy()
+            restored = np.clip(methods[name](x, y), 0, 1).astype(np.float32)
+            special = special_psnr(degradation, x, restored, y)
+            scores.append((psnr(restored, y), ssim(restored, y), special))
+        figures = [plus_minus(v, d) for v, d in zip(np.array(scores).T, (2, 4, 2), strict=True)]
+        tqdm.write(f"| {name} | {' | '.join(figures)} |")
+    return result
 
 
 def measure(denoise, strength, dataset):
@@ -136,10 +214,19 @@ def main():
     if args.tile and not test_set.whole:
         raise UserError("--tile is for whole photographs; the test images here are thumbnails")
     model = Tiled(model, args.tile) if args.tile else model
+    of_noise = test_set.degradation.task == "denoise"
+    if levels and not of_noise:
+        what = f"{args.checkpoint} was trained for {test_set.degradation}"
+        raise UserError(f"--noise-level: {what}; drop the option")
+    if args.tile and not of_noise:
+        raise UserError("--tile is for noise; drop the option")
     for dataset in map(test_set.at, levels) if levels else [test_set]:
         kind = "" if dataset.clipped else ", unclipped"
-        print(f"\n{source.name}, {len(test_set):,} test images, {dataset.noise_text}{kind}")
-        result = compare(model, dataset, not args.model_only)
+        print(f"\n{source.name}, {len(test_set):,} test images, {dataset.degradation}{kind}")
+        if of_noise:
+            result = compare(model, dataset, not args.model_only)
+        else:
+            result = compare_others(model, dataset)
         print(f"\n{result_line(result.psnr, result.ssim, source.name)}")
     return 0
 

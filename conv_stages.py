@@ -80,13 +80,13 @@ def make_stages(channels, depth):
 class ConvEncoder(nn.Module):
     """Image to tokens in steps of 2: convolutions at every resolution.
 
-    [B, 3, h, w] -> [B, D, h / 2^L, w / 2^L] and the L feature maps on the way,
-    [B, channels[l], h / 2^l, w / 2^l], from fine to coarse.
+    [B, C, h, w] -> [B, D, h / 2^L, w / 2^L] and the L feature maps on the way,
+    [B, channels[l], h / 2^l, w / 2^l], from fine to coarse; C = in_channels.
     """
 
-    def __init__(self, channels, depth, d_model):
+    def __init__(self, channels, depth, d_model, in_channels=3):
         super().__init__()
-        self.stem = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.stages = make_stages(channels, depth)
         self.downs = nn.ModuleList(
             nn.Conv2d(c, coarser, 2, stride=2)

@@ -53,7 +53,7 @@ def main():
     source = load_images(args.dataset, args.data_dir, args.seed)
     problems = []
     datasets = noisy_splits(source, args.noise_level, noise_map=args.noise_map)
-    print(f"{source.name}: {len(source.classes)} classes, {datasets[0].noise_text}")
+    print(f"{source.name}: {len(source.classes)} classes, {datasets[0].degradation}")
     for name, dataset in zip(("train", "val", "test"), datasets, strict=True):
         images = dataset.split.images
         noisy, clean, _ = next(dataset.batches(min(1024, len(dataset))))

@@ -29,6 +29,7 @@ from experiment.command_line import (
     select_device,
 )
 from experiment.cuda_graphs import ReplayedModel
+from experiment.degradations import damage_of
 from experiment.photo_files import FORMATS, read_photo, write_photo
 from experiment.run_files import place_of, write_figure
 from experiment.tiling import OVERLAP, TILE, denoise, estimate_noise, middle
@@ -129,6 +130,8 @@ def read_model(path, device):
             f"{path} was trained on thumbnails; name a model for photographs, as "
             "denoising_experiment_proper.py --recipe photographs trains it"
         )
+    if checkpoint["recipe"].get("task", "denoise") != "denoise":
+        raise UserError(f"{path} was trained for {damage_of(checkpoint['recipe'])}, not for noise")
     return build_model(checkpoint, path).to(device)
 
 

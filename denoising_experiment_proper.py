@@ -6,7 +6,6 @@
 Read it from top to bottom: the recipe, a training step, the loop, the experiment in four stages.
 """
 
-import itertools
 import math
 import os
 import time
@@ -19,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from adaptive_attention_moe import load_balancing_loss
 from experiment.checkpoints import (
@@ -40,12 +38,13 @@ from experiment.cuda_graphs import ReplayedModel, compiled, replayed
 from experiment.data_parallel import (
     check_shares,
     joined,
-    my_share,
+    my_batches,
     rank,
     sum_over_processes,
     wait_if,
     world_size,
 )
+from experiment.degradations import check_options, degradation_of
 from experiment.evaluation import (
     draw_history,
     epoch_line,
@@ -55,7 +54,7 @@ from experiment.evaluation import (
     validation_batches,
     validation_mse,
 )
-from experiment.image_sources import load_images
+from experiment.image_sources import SIZE, load_images
 from experiment.losses import LOSSES
 from experiment.muon import make_optimizer
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
@@ -69,7 +68,6 @@ __all__ = ["NoisyImageDataset", "SmallViT", "evaluate", "load_model", "train", "
 CLIP_NORM = 1.0
 WARM_UP = 0.1  # part of all steps
 BUDGETS = (1.0, 0.5, 0.25, 0.125)  # of a model with a capacity; steps take them in turn
-STEPS_PER_READ = 50  # reading a loss for the progress bar makes the CPU wait for a GPU
 
 # The recipe ----------------------------------------------------------------------------------
 
@@ -78,6 +76,9 @@ STEPS_PER_READ = 50  # reading a loss for the progress bar makes the CPU wait fo
 class Recipe:
     """What decides the result of a training besides the images; the defaults are as published."""
 
+    task: str = "denoise"  # or "super-resolution", "inpaint", see degradations.py
+    scale: int = 2  # of super-resolution
+    holes: tuple = (0.1, 0.4)  # (low, high) of the share of pixels that inpainting restores
     model: str = "published"  # of MODELS
     batch_size: int = 64  # images per step, of all processes together
     steps: int | None = None  # of the training; the epochs are then as many as they take
@@ -94,7 +95,7 @@ class Recipe:
     transpose: bool = False  # upside down and axes swapped, each with probability 1/2
     balance_weight: float = 0.01  # of the load-balancing loss of each block
     noise_level: tuple = (0.2, 0.2)  # (low, high) of σ; equal for one σ
-    noise_map: str = "uniform"  # or how σ differs over an image, see noisy_images.sigma_map
+    noise_map: str = "uniform"  # or how σ differs over an image, see degradations.sigma_map
     unclipped: bool = False  # noisy images are left outside [0, 1], as the field's benchmarks do
     # Part of the training samples that are drawn from losslessly stored images, which alone then
     # serve for validation; None treats all images alike.
@@ -109,12 +110,15 @@ class Recipe:
 
     def splits(self, source):
         """(train, val, test) NoisyImageDatasets of an image source."""
-        kind = (self.lossless_share, not self.unclipped, self.noise_map)
+        side, degradation = self.crop or SIZE, degradation_of(self.task, self.scale, self.holes)
+        if degradation and side % degradation.multiple:
+            raise UserError(f"--scale {self.scale} does not divide the {side} pixels of a crop")
+        kind = (self.lossless_share, not self.unclipped, self.noise_map, degradation)
         return noisy_splits(source, self.noise_level, *kind)
 
     def as_dict(self):
         """Plain values that torch.save and JSON give back as they were."""
-        return asdict(self) | {"noise_level": list(self.noise_level)}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
 
 
 RECIPES = {
@@ -157,7 +161,9 @@ def recipe_of(args):
         if "steps" in changes:
             raise UserError("--epochs and --steps both say how long to train; name one of them")
         changes["steps"] = None
-    return replace(RECIPES[args.recipe], **changes)
+    recipe = replace(RECIPES[args.recipe], **changes)
+    check_options(recipe.task, changes)
+    return recipe
 
 
 # A step --------------------------------------------------------------------------------------
@@ -237,7 +243,7 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
         # One pass over the images; losses are summed where they arise
         model.train()
         started, sums, images = time.perf_counter(), torch.zeros(2, device=device), 0
-        for number, (noisy, clean, _) in progress(train_set, recipe, epoch, sums):
+        for number, (noisy, clean, _) in my_batches(train_set, recipe, epoch, sums):
             lr = set_learning_rate(optimizer, recipe, number, train_set)
             model.capacity = list(steps)[number % len(steps)]
             take = (steps if len(clean) == whole else odd_steps)[model.capacity]
@@ -265,32 +271,6 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
     return state
 
 
-def progress(train_set, recipe, epoch, sums):
-    """(step, batch) of this process, steps counted over all epochs; the bar reads `sums`."""
-    per_epoch = train_set.steps_per_epoch(recipe.batch_size)
-    first = (epoch - 1) * per_epoch
-    count = min(per_epoch, (recipe.steps or math.inf) - first)
-    batches = train_set.shuffled_batches(
-        *(recipe.batch_size, recipe.seed, epoch, recipe.lossless_share),
-        *(recipe.flip, recipe.transpose, recipe.crop),
-    )
-    bar = tqdm(
-        itertools.islice(my_share(batches, recipe.batch_size), count),
-        f"epoch {epoch}/{recipe.epochs}",
-        count,
-        unit="step",
-        leave=False,
-        disable=True if rank() else None,
-        dynamic_ncols=True,
-    )
-    images = 0
-    for step, batch in enumerate(bar, 1):
-        yield first + step - 1, batch
-        images += len(batch[0])
-        if not bar.disable and step % STEPS_PER_READ == 0:
-            bar.set_postfix_str(f"mse {sums[0].item() / images:.4f}")
-
-
 def set_learning_rate(optimizer, recipe, step, train_set):
     """Sets and returns that of a step, counted from 0: see Recipe.schedule."""
     per_epoch = train_set.steps_per_epoch(recipe.batch_size)
@@ -314,7 +294,7 @@ def parse_args():
         "tests it. Writes FILE after every epoch, and beside it FILE's name with _history.csv, "
         "_curve.png and, until the run is complete, _resume.pt.",
         "python denoising_experiment_proper.py --dataset photos --recipe refined --epochs 6",
-        *("dataset", "data-dir", "noise-level", "noise-map", "seed"),
+        *("dataset", "data-dir", "noise-level", "noise-map", "seed", "task", "scale", "holes"),
         *("device", "threads", "dtype", "compile"),
         recipe=RECIPES,
         model=MODELS,
@@ -354,7 +334,8 @@ def run_experiment(args, recipe, files, device):
 
     # Model
     torch.manual_seed(recipe.seed)
-    model = SmallViT(MODELS[recipe.model]).to(device)
+    config = replace(MODELS[recipe.model], in_channels=train_set.degradation.channels)
+    model = SmallViT(config).to(device)
     print(
         f"{source.name}: {len(train_set):,} training, {len(val_set):,} validation, "
         f"{len(test_set):,} test images; {count_parameters(model):,} parameters on {device}"

@@ -257,8 +257,8 @@ class InTiles(nn.Module):
 def vit(model="published", choice=None, **changes):
     """A function() that makes a SmallViT, with a choice of the tokens for `with_choice`."""
 
-    def make():
-        made = SmallViT(replace(MODELS[model], **changes))
+    def make(**more):
+        made = SmallViT(replace(MODELS[model], **changes, **more))
         return with_choice(made, choice) if choice else made
 
     return make

@@ -11,8 +11,9 @@ from adaptive_attention_moe import AdaptiveAttentionMoE, check_capacity
 from conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import select_device
+from experiment.degradations import DEFAULTS, as_range, damage_of, degradation_of
 from experiment.image_sources import SIZE, load_images
-from experiment.noisy_images import as_range, noise_text, noisy_splits
+from experiment.noisy_images import noisy_splits
 from experiment.user_errors import UserError, printable
 
 
@@ -24,6 +25,7 @@ class ViTConfig:
         ValueError: a value is out of its range.
     """
 
+    in_channels: int = 3  # or 4, with a mask of the known pixels, which stay as they are
     image_size: int = 32  # side of the training's square images, pixels; other sizes work as well
     patch_size: int = 4  # side of a patch, pixels; has to divide image_size
     d_model: int = 128  # channels of a token, D
@@ -52,6 +54,8 @@ class ViTConfig:
                 raise ValueError(f"{name} must be ints of at least 1, got {value}")
         if self.capacity is not None:
             check_capacity(self.capacity)
+        if self.in_channels not in (3, 4):
+            raise ValueError(f"in_channels must be 3 or 4, got {self.in_channels}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 "patch_size must divide image_size, got "
@@ -133,9 +137,10 @@ class SmallViT(nn.Module):
         d_model, patch = config.d_model, config.patch_size
         self.grid = config.image_size // patch
         if config.channels:
-            self.encoder = ConvEncoder(config.channels, config.conv_depth, d_model)
+            settings = (config.channels, config.conv_depth, d_model)
+            self.encoder = ConvEncoder(*settings, config.in_channels)
         else:
-            self.patch_embed = nn.Conv2d(3, d_model, patch, stride=patch)
+            self.patch_embed = nn.Conv2d(config.in_channels, d_model, patch, stride=patch)
         if config.positions:
             self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
         self.blocks = nn.ModuleList(
@@ -146,7 +151,7 @@ class SmallViT(nn.Module):
             for _ in range(config.num_layers)
         )
         if config.channels:
-            self.decoder = ConvDecoder(config.channels, config.conv_depth, d_model)
+            self.decoder = ConvDecoder(*settings)
         else:
             self.patch_unembed = nn.ConvTranspose2d(d_model, 3, patch, stride=patch)
         self.start_as_identity()
@@ -188,12 +193,12 @@ class SmallViT(nn.Module):
         """Denoises images.
 
         Args:
-            noisy: [B, 3, h, w], any h and w: the image is continued by reflection to multiples of
-                patch_size. The position embedding is interpolated (bicubic) to another number of
-                patches than that of the training.
+            noisy: [B, in_channels, h, w], any h and w: the image is continued by reflection to
+                multiples of patch_size. The position embedding is interpolated (bicubic) to
+                another number of patches than that of the training.
 
         Returns:
-            Tuple of images of the same shape and the list of each block's routing probabilities
+            Tuple of images [B, 3, h, w] and the list of each block's routing probabilities
             [B, N, E]. The images are in [0, 1] in evaluation mode. In training mode they are not
             clamped: a clamp has no gradient outside its range, and runs died of it.
 
@@ -201,8 +206,9 @@ class SmallViT(nn.Module):
             ValueError: the images have another shape.
         """
         patch, (*_, height, width) = self.config.patch_size, noisy.shape
-        if noisy.ndim != 4 or noisy.shape[1] != 3 or not height * width:
-            raise ValueError(f"expected images [B, 3, h, w], got {list(noisy.shape)}")
+        channels = self.config.in_channels
+        if noisy.ndim != 4 or noisy.shape[1] != channels or not height * width:
+            raise ValueError(f"expected images [B, {channels}, h, w], got {list(noisy.shape)}")
         noisy = reflected(noisy, -height % patch, -width % patch)
         x, features = self.embed(noisy)  # [B, N, D]
         grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
@@ -213,7 +219,9 @@ class SmallViT(nn.Module):
         x = x.transpose(1, 2).unflatten(2, grid)  # [B, D, h / patch, w / patch]
         image = self.decoder(x, features) if features else self.patch_unembed(x)  # [B, 3, h, w]
         if self.config.residual:
-            image = noisy + image
+            image = noisy[:, :3] + image
+        if channels == 4:
+            image = torch.where(noisy[:, 3:] > 0, noisy[:, :3], image)
         image = image[..., :height, :width]
         return image if self.training else image.clamp(0, 1), routings
 
@@ -274,8 +282,7 @@ def build_model(checkpoint, path):
     weights = checkpoint["model"]
     try:
         settings = dict(checkpoint["config"])
-        # Earlier versions had two more settings, which nothing ever set.
-        if (settings.pop("in_channels", 3), settings.pop("dropout", 0.0)) != (3, 0.0):
+        if settings.pop("dropout", 0.0) != 0.0:  # of earlier versions, where nothing ever set it
             raise ValueError
         settings |= {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
         config = ViTConfig(**settings)
@@ -323,7 +330,8 @@ def load_for_evaluation(args, same_images=False):
     model = build_model(checkpoint, args.checkpoint).to(device)
     recipe = checkpoint["recipe"]
     level, noise_map = as_range(recipe["noise_level"]), recipe.get("noise_map", "uniform")
-    trained = f"trained on {recipe['dataset']} with {noise_text(level, noise_map)}"
+    degradation = degradation_of(*(recipe.get(name, v) for name, v in DEFAULTS.items()))
+    trained = f"trained on {recipe['dataset']} with {damage_of(recipe)}"
     epochs = f"epoch {checkpoint['epoch']} of {recipe['epochs']}"
     parameters = f"{count_parameters(model):,} parameters"
     print(printable(f"{args.checkpoint}: {parameters}, {epochs}, {trained}"))
@@ -332,6 +340,8 @@ def load_for_evaluation(args, same_images=False):
     if crop and not same_images:
         crop = min(crop, SIZE)  # smaller photographs than those of the training are welcome, too
     source = load_images(dataset, args.data_dir, recipe["seed"], crop, not same_images)
+    if args.noise_level and degradation:
+        raise UserError(f"--noise-level: {args.checkpoint} was trained for {degradation}; drop it")
     if args.noise_level:
         level, noise_map = args.noise_level, "uniform"
     if not same_images and noise_map == "uniform":
@@ -347,7 +357,7 @@ def load_for_evaluation(args, same_images=False):
     share = recipe["lossless_share"] if same_images else None
     unclipped = getattr(args, "unclipped", None)
     unclipped = recipe.get("unclipped", False) if unclipped is None else unclipped
-    splits = noisy_splits(source, level, share, not unclipped, noise_map)
+    splits = noisy_splits(source, level, share, not unclipped, noise_map, degradation)
     return checkpoint, model, source, splits
 
 

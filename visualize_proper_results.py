@@ -29,7 +29,11 @@ from small_vit import load_for_evaluation
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
 PERCENTILES = (5, 23, 41, 59, 77, 95)
-NAMES = ("noisy", "denoised", "ground truth")
+NAMES = {
+    "denoise": ("noisy", "denoised", "ground truth"),
+    "super-resolution": ("low resolution, enlarged", "restored", "ground truth"),
+    "inpaint": ("with holes", "restored", "ground truth"),
+}
 DETAIL = 96  # side of the enlarged part of a photograph, pixels
 SHOWN_BUDGETS = (0.5, 0.25, 0.125)  # of the tokens that attend, of a model with such a choice
 
@@ -156,7 +160,8 @@ def draw_images(model, dataset, indices, title):
         colours = {"cmap": "gray", "vmin": 0, "vmax": 1}
         columns = [f"{100 * budget:g} % attend" for budget in SHOWN_BUDGETS]
 
-    names = [f"{name}{part}" for part in ("", ", detail") for name in NAMES]
+    task = dataset.degradation.task
+    names = [f"{name}{part}" for part in ("", ", detail") for name in NAMES[task]]
     names = names if dataset.whole else names[:3]
     sigmas = [dataset.sigma(i) for i in indices] if dataset.noise_map != "uniform" else []
     names += ["σ of the noise"] if sigmas else []
@@ -170,15 +175,15 @@ def draw_images(model, dataset, indices, title):
         squeeze=False,
     )
     for row, ((noisy, clean), image) in enumerate(zip(shown, restored, strict=True)):
-        panels = [noisy.clamp(0, 1), image, clean]
+        panels = [noisy[:3].clamp(0, 1), image, clean]
         part = detail(clean) if dataset.whole else ()
         panels += [panel[part] for panel in panels] if part else []
         panels += [sigmas[row] / dataset.noise_range[1]] if sigmas else []
         for axis, panel in zip(axes[row], panels, strict=False):
             axis.imshow(panel.permute(1, 2, 0).numpy(), interpolation="nearest")
         for axis, x in zip(axes[row], (noisy, image), strict=False):
-            similarity = ssim(x.numpy(), clean.numpy())
-            axis.set_xlabel(f"{psnr(x.numpy(), clean.numpy()):.2f} dB, SSIM {similarity:.3f}")
+            pair = x[:3].numpy(), clean.numpy()
+            axis.set_xlabel(f"{psnr(*pair):.2f} dB, SSIM {ssim(*pair):.3f}")
         axes[row, 0].set_ylabel(f"percentile {PERCENTILES[row]}")
         for axis, weights in zip(axes[row, len(names) :], maps[row].flatten(0, 1), strict=False):
             picture = axis.imshow(weights.numpy(), **colours)
@@ -233,16 +238,17 @@ def main():
     ]
     write_text(csv_text(rows), table)
     line = result_line(result.psnr, result.ssim, source.name)
-    title = f"Worst to best of {len(test_set):,} test images, {test_set.noise_text}\n{line}"
+    title = f"Worst to best of {len(test_set):,} test images, {test_set.degradation}\n{line}"
     write_figure(draw_images(model, test_set, rank_images(result.psnr), title), output)
     print(summary_table(result))
     if model.capacity:
         print(
             f"\n{100 * model.capacity:g} % of the tokens attend\n{decision_table(model, test_set)}"
         )
-    print("\n| σ | noisy (dB) | denoised (dB) |\n|---|---|---|")
-    for level, before, after in psnr_against_noise(model, test_set):
-        print(f"| {level:.2f} | {before:.2f} | {after:.2f} |")
+    if test_set.degradation.task == "denoise":
+        print("\n| σ | noisy (dB) | denoised (dB) |\n|---|---|---|")
+        for level, before, after in psnr_against_noise(model, test_set):
+            print(f"| {level:.2f} | {before:.2f} | {after:.2f} |")
     print(f"\nwrote {output} and {table}")
     print(line)
     return 0

@@ -170,7 +170,7 @@ def main():
             f"  {quantity:<20} {measured:9.5f}   expected {expected:.5f} ± {tolerance:.5f}"
             f"{'   OFF' if off else ''}"
         )
-    title = f"{source.name}, training samples of epoch 1, {train_set.noise_text}"
+    title = f"{source.name}, training samples of epoch 1, {train_set.degradation}"
     write_figure(draw_samples(noisy, clean, difference, sigma, title), args.output)
     print(f"wrote {args.output}")
     print("the noise is OFF" if wrong else "the noise is as it should be")

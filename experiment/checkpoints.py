@@ -7,8 +7,8 @@ import zipfile
 import torch
 
 from experiment.data_parallel import rank
+from experiment.degradations import DRAWS, OPTIONS_OF, SCALES
 from experiment.muon import state_shapes
-from experiment.noisy_images import DRAWS
 from experiment.run_files import csv_text, replace_when_complete, write_text
 from experiment.user_errors import Diverged, UserError
 
@@ -58,6 +58,8 @@ TEST = dict.fromkeys(("mse", "psnr_std", "ssim_mean", "ssim_std"), real)
 TEST |= {"noisy_psnr_mean": float, "psnr_mean": float, "images": whole(1), "utilisation": loads}
 LATER = {"crop": lambda v: v is None or whole(1)(v), "unclipped": bool}  # not in old recipes
 LATER |= {"noise_map": lambda v: isinstance(v, str) and v in DRAWS}
+LATER |= {"task": lambda v: isinstance(v, str) and v in OPTIONS_OF}
+LATER |= {"scale": lambda v: type(v) is int and v in SCALES, "holes": noise}
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
 ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
 ROW |= {"balance_loss": float}  # rounding takes it below 0
@@ -113,8 +115,8 @@ def read_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint; train one or name another with --checkpoint")
     checkpoint = load(path)
     check(checkpoint, CHECKPOINT, path)
-    for part, kinds in ((checkpoint, IF_THERE), (checkpoint["recipe"], LATER)):
-        check(part, {key: kind for key, kind in kinds.items() if key in part}, path)
+    for part, kinds, name in ((checkpoint, IF_THERE, ""), (checkpoint["recipe"], LATER, "recipe")):
+        check(part, {key: kind for key, kind in kinds.items() if key in part}, path, name)
     return checkpoint
 
 

@@ -109,6 +109,20 @@ OPTIONS = {
             default=PUBLISHED_CHECKPOINT, metavar="FILE", help="trained model to read"
         ),
     },
+    "task": {
+        "task": dict(
+            choices=["denoise", "super-resolution", "inpaint"],
+            help="what the model restores: noisy images; images enlarged after a bicubic "
+            "reduction; or images with holes",
+        ),
+        "scale": dict(type=int, choices=[2, 3, 4], help="of --task super-resolution"),
+        "holes": dict(
+            type=number(ratio, 0, strictly=True, most=0.9),
+            nargs=2,
+            metavar=("LOW", "HIGH"),
+            help="of --task inpaint: share of the pixels that is unknown, drawn between the two",
+        ),
+    },
     "recipe": {
         "recipe": dict(
             default="published",
@@ -228,7 +242,7 @@ def make_parser(description, example, *options, **choices):
             settings = group[option] | changes.get(option, {})
             if option in choices:
                 settings["choices"] = list(choices[option])
-            of_recipe = title == "recipe" or (option in changes and "recipe" in choices)
+            of_recipe = title in ("task", "recipe") or (option in changes and "recipe" in choices)
             if of_recipe and not settings.get("default") and "default" not in settings["help"]:
                 settings["help"] += " (default: the recipe's)"
             add_option(arguments, f"--{option}", **settings)

@@ -4,14 +4,19 @@ The last, incomplete one of an epoch is dropped. Without torchrun, all of this d
 """
 
 import contextlib
+import itertools
+import math
 import os
 import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from experiment.user_errors import UserError
+
+STEPS_PER_READ = 50  # reading a loss for the progress bar makes the CPU wait for a GPU
 
 
 def rank():
@@ -68,3 +73,29 @@ def sum_over_processes(tensor):
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def my_batches(train_set, recipe, epoch, sums):
+    """(step, batch) of this process in an epoch, steps counted over all; a bar reads `sums`."""
+    per_epoch = train_set.steps_per_epoch(recipe.batch_size)
+    first = (epoch - 1) * per_epoch
+    count = min(per_epoch, (recipe.steps or math.inf) - first)
+    batches = train_set.shuffled_batches(
+        *(recipe.batch_size, recipe.seed, epoch, recipe.lossless_share),
+        *(recipe.flip, recipe.transpose, recipe.crop),
+    )
+    bar = tqdm(
+        itertools.islice(my_share(batches, recipe.batch_size), count),
+        f"epoch {epoch}/{recipe.epochs}",
+        count,
+        unit="step",
+        leave=False,
+        disable=True if rank() else None,
+        dynamic_ncols=True,
+    )
+    images = 0
+    for step, batch in enumerate(bar, 1):
+        yield first + step - 1, batch
+        images += len(batch[0])
+        if not bar.disable and step % STEPS_PER_READ == 0:
+            bar.set_postfix_str(f"mse {sums[0].item() / images:.4f}")

@@ -15,7 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from experiment.cuda_graphs import ReplayedModel
-from experiment.noisy_images import noise_text
+from experiment.degradations import damage_of
 
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 FLAT = 1e-6  # mean gradient of an image of one value
@@ -129,7 +129,8 @@ def evaluate(model, dataset):
                 restored, routings = passes(noisy.to(device))
             restored = restored.cpu()
             squared_error += F.mse_loss(restored, clean).item() * len(clean)
-            for x, y, target in zip(noisy.numpy(), restored.numpy(), clean.numpy(), strict=True):
+            images = (noisy[:, :3].numpy(), restored.numpy(), clean.numpy())
+            for x, y, target in zip(*images, strict=True):
                 rounded = (255 * y).round() / 255
                 psnrs = (psnr(image, target) for image in (x, y, rounded))
                 scores.append((*psnrs, ssim(y, target), sharpness(y, target)))
@@ -195,7 +196,7 @@ def results_box(checkpoint, result, device):
     recipe, minutes = checkpoint["recipe"], checkpoint["train_seconds"] / 60
     rows = [
         ("data set", f"{recipe['dataset']}, {len(result.psnr):,} test images"),
-        ("noise", noise_text(recipe["noise_level"], recipe["noise_map"])),
+        ("noise" if recipe["task"] == "denoise" else "task", damage_of(recipe)),
         ("parameters", f"{recipe['parameters']:,}"),
         ("training", f"{recipe['epochs']} epochs in {minutes:.1f} min on {device}"),
         ("best epoch", f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}"),

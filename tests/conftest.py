@@ -106,13 +106,23 @@ def write_images(folder, count, size=(32, 32), mode="RGB", suffix=".png", seed=0
     return paths
 
 
+def make_folder(path):
+    for part, count in (("train", 10), ("test", 3)):
+        write_images(path / part / "a", count, seed=count)
+        write_images(path / part / "b", count, suffix=".jpg", seed=count + 1)
+    return path
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """An image folder with two classes: 20 training and 5 test images."""
-    for part, count in (("train", 10), ("test", 3)):
-        write_images(tmp_path / "images" / part / "a", count, seed=count)
-        write_images(tmp_path / "images" / part / "b", count, suffix=".jpg", seed=count + 1)
-    return tmp_path / "images"
+    """An image folder with two classes: 20 training and 6 test images."""
+    return make_folder(tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def folder_of_images(tmp_path_factory):
+    """The same, for fixtures of whole modules."""
+    return make_folder(tmp_path_factory.mktemp("folder") / "images")
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiment.noisy_images import DRAWS, NoisyImageDataset, noise_text, noisy_splits
+from experiment.degradations import DRAWS, noise_text
+from experiment.noisy_images import NoisyImageDataset, noisy_splits
 
 LOW, HIGH = 0.05, 0.4
 any_map = pytest.mark.parametrize("noise_map", DRAWS)
@@ -192,7 +193,7 @@ def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
     one = dataset.at(0.1)
     assert torch.allclose(one.sigma(5), torch.tensor(0.1))
     assert torch.allclose(one[5][0], uniform[5][0], atol=1e-6)
-    assert one.noise_text == "σ = 0.1"
+    assert str(one.degradation) == "σ = 0.1"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
 def test_noise_in_words(photos, noise_range, noise_map, text):
     assert noise_text(noise_range, noise_map) == text
     dataset = NoisyImageDataset(photos.test[:1], noise_range, noise_map=noise_map)
-    assert dataset.noise_text == text
+    assert str(dataset.degradation) == text
 
 
 # Reproducible and different -------------------------------------------------------------------

@@ -1,0 +1,268 @@
+"""What is done to clean images: noise, reduction, holes; each is a function of random numbers.
+
+A degradation maps clean images [n, 3, h, w] in [0, 1], normal random numbers of that shape and
+uniform ones [n, numbers] to the degraded images [n, channels, h, w] and σ of the noise of every
+pixel, [n, 1 or 3, 1 or h, 1 or w]. Same numbers, same images.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from skimage.draw import disk
+
+from experiment.user_errors import UserError
+
+SCALES = (2, 3, 4)
+DEFAULTS = {"task": "denoise", "scale": 2, "holes": (0.1, 0.4)}  # of a recipe
+OPTIONS_OF = {
+    "denoise": ("noise_level", "noise_map", "unclipped"),
+    "super-resolution": ("scale",),
+    "inpaint": ("holes",),
+}
+# How σ differs over an image, see `sigma_map`, and the random numbers that this takes.
+DRAWS = {"uniform": 1, "regions": 4, "ramp": 1, "signal": 1}
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """degraded = clamp(clean + σ·N(0, 1), 0, 1).
+
+    Raises:
+        ValueError: noise_range does not ascend from above 0 and is not twice the same; or an
+            unknown noise_map.
+    """
+
+    noise_range: tuple = (0.2, 0.2)  # (low, high) of σ, for pixel values in [0, 1]
+    noise_map: str = "uniform"  # of DRAWS: how σ differs over an image
+    clipped: bool = True  # to [0, 1]; the field's benchmarks on photographs do not
+
+    task = "denoise"
+    channels = 3
+    multiple = 1  # of which sides have to be
+
+    def __post_init__(self):
+        low, high = self.noise_range
+        if self.noise_map not in DRAWS:
+            raise ValueError(f"noise_map must be of {', '.join(DRAWS)}, got {self.noise_map}")
+        if not 0 <= low <= high or low == 0 < high:
+            raise ValueError(
+                "noise_level must be a σ of at least 0 or a range that ascends from above 0, "
+                f"got {self.noise_range}"
+            )
+
+    @property
+    def numbers(self):
+        return DRAWS[self.noise_map]
+
+    def __str__(self):
+        return noise_text(self.noise_range, self.noise_map)
+
+    def __call__(self, clean, noise, numbers):
+        sigma = sigma_map(self.noise_map, clean, self.noise_range, numbers).float()
+        noisy = noise.mul_(sigma).add_(clean)
+        return (noisy.clamp_(0, 1) if self.clipped else noisy), sigma
+
+
+@dataclass(frozen=True)
+class SuperResolution:
+    """Bicubic reduction, antialiased and rounded to 8 bits as a file is, and enlargement again.
+
+    Raises:
+        ValueError: the scale is none of SCALES.
+    """
+
+    scale: int = 2
+
+    task = "super-resolution"
+    channels = 3
+    numbers = 1
+
+    def __post_init__(self):
+        if self.scale not in SCALES:
+            raise ValueError(f"scale must be one of {SCALES}, got {self.scale}")
+
+    @property
+    def multiple(self):
+        return self.scale
+
+    def __str__(self):
+        return f"super-resolution ×{self.scale}"
+
+    def reduced(self, clean):
+        """[n, 3, h, w] -> [n, 3, h / scale, w / scale], in 255ths."""
+        size = [side // self.scale for side in clean.shape[2:]]
+        small = F.interpolate(clean, size, mode="bicubic", antialias=True)
+        return (255 * small).round().clamp(0, 255) / 255
+
+    def __call__(self, clean, noise, numbers):
+        size = clean.shape[2:]
+        large = F.interpolate(self.reduced(clean), size, mode="bicubic", antialias=True)
+        return large.clamp(0, 1), clean.new_zeros(1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Holes:
+    """Rectangles and strokes are unknown: zero, and marked by a zero in a fourth channel.
+
+    Raises:
+        ValueError: the shares do not ascend, or leave nothing known or nothing to restore.
+    """
+
+    shares: tuple = (0.1, 0.4)  # (low, high) of the pixels that are unknown, uniform between them
+
+    task = "inpaint"
+    channels = 4
+    multiple = 1
+    numbers = 1
+
+    def __post_init__(self):
+        low, high = self.shares
+        if not 0 < low <= high <= MOST_HOLES:
+            raise ValueError(f"shares must ascend in 0 … {MOST_HOLES}, got {self.shares}")
+
+    def __str__(self):
+        return f"holes of {100 * self.shares[0]:g} to {100 * self.shares[1]:g} %"
+
+    def __call__(self, clean, noise, numbers):
+        size = clean.shape[2:]
+        masks = [draw_mask(size, self.shares, float(u)) for u in numbers.flatten()]
+        known = torch.from_numpy(np.stack(masks)).to(clean).unsqueeze(1)  # [n, 1, h, w]
+        return torch.cat([clean * known, known], 1), 1 - known
+
+
+MOST_HOLES = 0.9  # share of the pixels; where all are unknown there is nothing to go by
+
+
+def draw_mask(size, shares, number):
+    """Which pixels are known: bool [h, w].
+
+    Rectangles and free-form strokes of a brush (as "Free-Form Image Inpainting with Gated
+    Convolution", Yu et al. 2019), one after the other, until a share of the pixels is covered; the
+    last covers no more than that.
+
+    Args:
+        size: (h, w).
+        shares: (low, high), from which the share is drawn uniformly.
+        number: in [0, 1), that decides over everything.
+    """
+    rng = np.random.default_rng(int(number * 2**53))
+    height, width = size
+    wanted = round(rng.uniform(*shares) * height * width)
+    known, side = np.ones(size, bool), math.sqrt(height * width)
+    while (missing := wanted - (~known).sum()) > 0:
+        shape = rectangle(size, side, rng) if rng.random() < 0.5 else stroke(size, side, rng)
+        new = np.flatnonzero(shape & known)
+        known.flat[new[:missing]] = False
+    return known
+
+
+def rectangle(size, side, rng):
+    """bool [h, w] of a rectangle with sides of an eighth to three eighths of the image's."""
+    area, (top, left) = np.zeros(size, bool), (int(rng.integers(n)) for n in size)
+    height, width = (max(1, round(side * rng.uniform(1 / 8, 3 / 8))) for _ in range(2))
+    area[top : top + height, left : left + width] = True
+    return area
+
+
+def stroke(size, side, rng):
+    """bool [h, w] of a brush that turns as it goes."""
+    area, place = np.zeros(size, bool), rng.uniform(0, size)
+    radius, angle = max(0.6, side * rng.uniform(1 / 64, 1 / 24)), rng.uniform(0, 2 * math.pi)
+    for _ in range(int(rng.integers(8, 24))):
+        angle += rng.uniform(-0.6, 0.6)
+        place = place + radius * np.array([math.sin(angle), math.cos(angle)])
+        area[disk(place, radius + 0.5, shape=size)] = True
+    return area
+
+
+def degradation_of(task, scale, holes):
+    """The degradation of a recipe's entries; None for noise, which has more of them.
+
+    Raises:
+        UserError: they are out of their range.
+    """
+    try:
+        if task == "super-resolution":
+            return SuperResolution(scale)
+        return Holes(tuple(holes)) if task == "inpaint" else None
+    except ValueError as error:
+        raise UserError(f"--task {task}: {error}") from None
+
+
+def damage_of(recipe):
+    """What the images of a recipe, as a dict, have suffered, in words."""
+    task, scale, holes = (recipe.get(name, value) for name, value in DEFAULTS.items())
+    noise = (as_range(recipe["noise_level"]), recipe.get("noise_map", "uniform"))
+    return str(degradation_of(task, scale, holes) or noise_text(*noise))
+
+
+def check_options(task, given):
+    """Raises a UserError that names the first of the options given that is of another task."""
+    for other, names in OPTIONS_OF.items():
+        for name in names:
+            if other != task and name in given:
+                raise UserError(f"--{name.replace('_', '-')} is of --task {other}; drop it")
+
+
+# Noise ----------------------------------------------------------------------------------------
+
+
+def as_range(noise_level):
+    """(low, high) of a σ or of a pair."""
+    return tuple(noise_level) if isinstance(noise_level, tuple | list) else (noise_level,) * 2
+
+
+def draw_sigma(uniform, noise_range):
+    """σ out of numbers that are uniform in [0, 1): the fixed one, or log-uniform in a range.
+
+    Every octave of σ gets as many images as any other. With σ itself uniform, few images have
+    little noise, where a model needs most training to come near one trained for that σ alone.
+    """
+    low, high = noise_range
+    return low * (high / low) ** uniform if high > low else low + 0 * uniform
+
+
+def sigma_map(kind, clean, noise_range, uniform):
+    """The standard deviation of the noise of every pixel, between the two values of a range.
+
+    Args:
+        kind: "uniform", one σ for an image, see `draw_sigma`; "regions", the higher one in a
+            rectangle of a sixth to a half of the image, the lower one around it; "ramp", from one
+            to the other in a random direction, evenly in octaves; "signal", a variance that grows
+            with the light as that of a sensor, σ² = low² + (high² - low²) · clean ("Practical
+            Poissonian-Gaussian noise modeling", Foi et al. 2008).
+        clean: [n, 3, h, w] in [0, 1].
+        noise_range: (low, high).
+        uniform: numbers in [0, 1), [n, DRAWS[kind]].
+
+    Returns:
+        [n, 1, 1, 1], [n, 1, h, w] or, for "signal", [n, 3, h, w].
+    """
+    low, high = noise_range
+    first, *others = uniform[:, :, None, None, None].unbind(1)  # each [n, 1, 1, 1]
+    if kind == "uniform":
+        return draw_sigma(first, noise_range)
+    if kind == "signal":
+        return (low**2 + (high**2 - low**2) * clean).sqrt()
+    y, x = (((torch.arange(n, device=clean.device) + 0.5) / n) for n in clean.shape[2:])
+    y = y[:, None]  # from the top edge, 0, to the bottom, 1
+    if kind == "ramp":
+        along, across = (2 * math.pi * first).cos(), (2 * math.pi * first).sin()
+        place = (along * (x - 0.5) + across * (y - 0.5)) / (along.abs() + across.abs()) + 0.5
+        return low * (high / low) ** place if high > low else low + 0 * place
+    area, (stretch, top, left) = 1 / 6 + first / 3, others
+    height = area.sqrt() * 2 ** (stretch - 0.5)  # at most 1, as the width is
+    width = area / height
+    top, left = top * (1 - height), left * (1 - width)
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return torch.where(inside, high, low)
+
+
+def noise_text(noise_range, noise_map="uniform"):
+    """A range of σ in words: "σ = 0.2", "σ = 0.05 to 0.35", "σ = 0.05 to 0.4 (regions)"."""
+    low, high = noise_range
+    of_map = f" ({noise_map})" if noise_map != "uniform" and high > low else ""
+    return f"σ = {low:g}" + (f" to {high:g}" if high > low else "") + of_map

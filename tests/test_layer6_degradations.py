@@ -1,0 +1,218 @@
+"""Layer 6, tasks: what is done to images is its definition, repeats, and every script knows it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ablation_study
+import compare_baselines
+import debug_evaluation
+import denoise_image
+import denoising_experiment_proper as experiment
+import visualize_proper_results
+from conftest import SHORT, assert_refused, run_here, same_weights
+from experiment.degradations import GaussianNoise, Holes, SuperResolution
+from experiment.evaluation import evaluate
+from experiment.image_sources import Split
+from experiment.noisy_images import NoisyImageDataset
+from small_vit import MODELS, SmallViT, ViTConfig, load_model
+
+TASKS = {"super-resolution": SuperResolution(2), "inpaint": Holes()}
+
+
+# Images --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_super_resolution_starts_from_what_pillow_makes(photos, scale):
+    """Bicubic reduction, antialiased, in 8 bits, and bicubic enlargement."""
+    dataset = NoisyImageDataset(photos.test, degradation=SuperResolution(scale))
+    for index in (0, 50, 150):
+        degraded, clean, _ = dataset[index]
+        image = Image.fromarray((255 * clean).byte().permute(1, 2, 0).numpy())
+        small = image.resize((32 // scale,) * 2, Image.Resampling.BICUBIC)
+        large = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+        assert np.abs(degraded.permute(1, 2, 0).numpy() - large).max() < 2.5 / 255
+
+
+def test_photographs_lose_the_pixels_that_a_scale_does_not_divide():
+    split = Split([torch.zeros(3, 33, 47, dtype=torch.uint8)], torch.tensor([0]), torch.tensor([1]))
+    (degraded, clean, _), *_ = NoisyImageDataset(split, degradation=SuperResolution(3)).batches()
+    assert degraded.shape == clean.shape == (1, 3, 33, 45)
+
+
+def test_holes_cover_the_share_and_nothing_else(photos):
+    dataset = NoisyImageDataset(photos.test, degradation=Holes((0.2, 0.3)))
+    shares = []
+    for degraded, clean, _ in (dataset[i] for i in range(60)):
+        known = degraded[3] == 1
+        assert torch.equal(degraded[:3, known], clean[:, known])
+        assert not degraded[:, ~known].any()
+        shares.append((~known).float().mean().item())
+    assert 0.199 < min(shares) < 0.22 and 0.28 < max(shares) < 0.301
+    assert torch.equal(dataset.sigma(3)[0], 1 - dataset[3][0][3])
+    assert torch.equal(dataset.sigma(-1), dataset.sigma(len(dataset) - 1))
+
+
+def test_holes_are_of_one_piece_and_of_many():
+    """Not single pixels: most unknown pixels have unknown neighbours."""
+    known = NoisyImageDataset(
+        Split(torch.zeros(20, 3, 32, 32).byte(), torch.zeros(20), torch.ones(20)),
+        degradation=Holes(),
+    )
+    unknown = torch.stack([1 - known[i][0][3] for i in range(20)]).unsqueeze(1)
+    around = torch.nn.functional.avg_pool2d(unknown, 3, 1, 1)
+    assert around[unknown == 1].mean() > 0.6
+    assert len({tuple(u.flatten().tolist()) for u in unknown}) == 20
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_done_repeats(photos, task):
+    dataset = NoisyImageDataset(photos.test[:7], stream=2, degradation=TASKS[task])
+    one, other = (torch.cat([x for x, _, _ in dataset.batches(size)]) for size in (2, 5))
+    assert torch.equal(one, other) and torch.equal(one[4], dataset[4][0])
+    batches = [next(dataset.shuffled_batches(7, 0, epoch)) for epoch in (1, 1, 2)]
+    assert torch.equal(batches[0][0], batches[1][0])
+    assert not torch.equal(batches[0][0], batches[2][0])
+    moved = dataset.to("cpu")
+    assert moved.degradation == TASKS[task] and torch.equal(moved[3][0], dataset[3][0])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: GaussianNoise(noise_map="stripes"), "got stripes"),
+        (lambda: SuperResolution(5), "got 5"),
+        (lambda: Holes((0.1, 0.95)), "0.95"),
+        (lambda: Holes((0.3, 0.2)), "ascend"),
+        (lambda: ViTConfig(in_channels=5), "got 5"),
+        (lambda: SmallViT(ViTConfig(in_channels=4))(torch.zeros(1, 3, 32, 32)), "4, h, w"),
+    ],
+)
+def test_impossible_degradations_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+# Models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["published", "quick", "routed"])
+def test_known_pixels_stay_as_they_are(seeded, name):
+    model = SmallViT(ViTConfig(**{**vars(MODELS[name]), "in_channels": 4}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    images, known = torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32) > 0.3
+    restored = model.denoise(torch.cat([images * known, known.float()], 1))
+    known = known.expand(-1, 3, -1, -1)
+    assert torch.equal(restored[known], images[known])
+    assert (restored[~known] != 0).float().mean() > 0.3
+    other = model.denoise(torch.cat([images * known, torch.ones(2, 1, 32, 32)], 1))
+    assert torch.equal(other, images * known)
+
+
+@pytest.mark.parametrize("change", [{"task": "inpaint"}, {"scale": 4}, {"holes": (0.3, 0.4)}])
+def test_every_part_of_a_task_decides(photos, change):
+    recipe = experiment.Recipe(**{"task": "inpaint" if "holes" in change else "super-resolution"})
+    before, after = (r.splits(photos)[2][0][0] for r in (recipe, replace(recipe, **change)))
+    assert before.shape != after.shape or not torch.equal(before, after)
+
+
+def test_resolution_is_restored_better_than_by_the_bicubic_filter(photos):
+    """In a training of seconds, by half a decibel."""
+    recipe = replace(experiment.RECIPES["quick"], task="super-resolution", steps=30, epochs=1)
+    train_set, _, test_set = recipe.splits(photos)
+    torch.manual_seed(0)
+    model = SmallViT(MODELS["quick"])
+    test_set = NoisyImageDataset(test_set.split[::4], stream=2, degradation=SuperResolution(2))
+    experiment.train(model, train_set, test_set, recipe)
+    result = evaluate(model, test_set)
+    assert result.psnr.mean() > result.noisy_psnr.mean() + 0.5
+
+
+# Scripts -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def restorer(request, folder_of_images, tmp_path_factory):
+    """(task, a model trained for it on a few images)."""
+    path = tmp_path_factory.mktemp("restorer") / "m.pt"
+    options = ("--dataset", folder_of_images, "--recipe", "quick", "--steps", 2, "--output", path)
+    process = run_here(experiment, *options, "--task", request.param)
+    assert process.returncode == 0, process.stderr
+    assert f"║ task              {TASKS[request.param]}" in process.stdout
+    return request.param, path
+
+
+@pytest.mark.usefixtures("small_picture")
+def test_every_script_knows_the_task_of_a_model(restorer, call):
+    task, path = restorer
+    assert call(debug_evaluation, "--checkpoint", path).returncode == 0
+    process = call(visualize_proper_results, "--checkpoint", path)
+    assert process.returncode == 0, process.stderr
+    assert f"with {TASKS[task]}" in process.stdout and "| σ |" not in process.stdout
+    process = call(compare_baselines, "--checkpoint", path)
+    rows = [line.split(" | ") for line in process.stdout.splitlines() if line.startswith("| ")]
+    names = [row[0].strip("| ") for row in rows]
+    least, *others = {"inpaint": ["holes", "Telea", "biharmonic"]}.get(task, ["bicubic", "Lanczos"])
+    assert names == ["method", least, *others, "**this model**"]
+    special = [float(row[3].split(" ± ")[0]) for row in rows[1:]]
+    if task == "inpaint":
+        assert special[0] < special[1] < special[2]
+    else:
+        assert special[0] != special[1] == pytest.approx(special[0], abs=2)
+    assert process.stdout.splitlines()[-1].startswith("PSNR ")
+
+
+def test_a_task_is_not_another(restorer, call):
+    task, path = restorer
+    for script in (visualize_proper_results, compare_baselines):
+        process = call(script, "--checkpoint", path, "--noise-level", 0.1)
+        assert_refused(process, "--noise-level", TASKS[task])
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["recipe"]["crop"] = 32
+    torch.save(checkpoint, "whole.pt")
+    Image.new("RGB", (40, 40)).save("a.png")
+    process = call(denoise_image, "a.png", "--checkpoint", "whole.pt")
+    assert_refused(process, TASKS[task], "not for noise")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--task", "super-resolution", "--scale", 3), "--scale 3 does not divide the 32"),
+        (("--task", "super-resolution", "--scale", 5), "--scale"),
+        (("--task", "inpaint", "--holes", 0.1, 1), "--holes"),
+        (("--task", "inpaint", "--holes", 0.4, 0.1), "ascend"),
+        (("--task", "inpaint", "--noise-level", 0.1), "--noise-level is of --task denoise"),
+        (("--scale", 2), "--scale is of --task super-resolution"),
+        (("--holes", 0.1, 0.2), "--holes is of --task inpaint"),
+    ],
+)
+def test_impossible_tasks_end_in_a_sentence(call, folder, options, words):
+    process = call(experiment, "--dataset", folder, *options, *SHORT, "--output", "m.pt")
+    assert_refused(process, words)
+
+
+def test_the_study_trains_variants_that_read_a_mask(call, folder):
+    options = ("--dataset", folder, "--task", "inpaint", "--recipe", "quick", "--steps", 1)
+    options += ("--seeds", 0, "--variants")
+    process = call(ablation_study, *options, "capacity, by pattern")
+    assert process.returncode == 0, process.stderr
+    assert "| capacity, by pattern | 25 % | 337,415 |" in process.stdout  # 2,048 more
+    assert_refused(call(ablation_study, *options, "U-Net", "--output", "u.json"), "'U-Net'", "mask")
+
+
+def test_a_model_for_inpainting_goes_on_bit_for_bit(call, folder, monkeypatch):
+    options = ("--dataset", folder, "--batch-size", 4, "--epochs", 2, "--task", "inpaint")
+    assert call(experiment, *options, "--output", "whole.pt").returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "epoch_line", lambda row: exec("raise KeyboardInterrupt"))
+        assert call(experiment, *options, "--output", "m.pt").returncode == 130
+    process = call(experiment, *options, "--output", "m.pt", "--resume")
+    assert process.returncode == 0, process.stderr
+    one, other = (load_model(name).state_dict() for name in ("m.pt", "whole.pt"))
+    assert same_weights(one, other)
