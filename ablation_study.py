@@ -194,6 +194,7 @@ def markdown(rows, recipe, speed):
 def draw(rows, recipe):
     """Figure: PSNR, mean ± std over seeds, against compute or, for tiles, against their size."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, points in curves(rows).items():
         means, stds = zip(*(spread([p["psnr"] for p in of]) for of in points.values()), strict=True)
         places = list(points) if recipe["tiles"] else [of[0]["mflops"] for of in points.values()]

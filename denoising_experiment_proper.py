@@ -135,7 +135,7 @@ RECIPES["quick"] = replace(
 RECIPES["routed"] = replace(
     RECIPES["quick"],
     model="routed",
-    steps=40_000,
+    steps=20_000,
     noise_level=(0.05, 0.4),
     noise_map="regions",
     balance_weight=2e-4,
