@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
@@ -37,15 +38,13 @@ from experiment.timing import alternate, count_flops
 from experiment.user_errors import Diverged, UserError, run_main
 from model_variants import (
     VARIANTS,
-    FirstChoiceRouter,
     InTiles,
-    RandomRouter,
-    UniformRouter,
-    with_routers,
+    replaced_parts,
 )
-from small_vit import SmallViT, count_parameters, load_for_evaluation
+from small_vit import count_parameters, load_for_evaluation
 
-POINT = {"at": str, "psnr": real, "ssim": lambda v: v is None or real(v), "mflops": real}
+POINT = {"at": str, "psnr": real, "ssim": lambda v: v is None or real(v)}
+POINT["mflops"] = POINT["ssim"]  # None for tiles
 ROW = {"variant": str, "seed": whole(0), "parameters": whole(1), "points": list}
 # None where training diverged.
 ROW |= {
@@ -88,7 +87,7 @@ def measure(name, recipe, splits, tiles):
     for tile in tiles:
         decibels = mean_psnr(InTiles(model, tile).eval(), test_set, device)
         point = {"at": f"tiles of {tile}×{tile}", "psnr": decibels, "ssim": None}
-        row["points"].append(point | {"mflops": mflops(model, image)})
+        row["points"].append(point | {"mflops": None})
     return row
 
 
@@ -183,7 +182,7 @@ def markdown(rows, recipe, speed):
                 ssims = [point["ssim"] for point in points]
                 cells += [plus_minus(psnrs, 3), f"{min(psnrs):.3f}"]
                 cells.append("–" if None in ssims else plus_minus(ssims, 4))
-                cells.append(f"{points[0]['mflops']:.1f}")
+                cells.append(f"{points[0]['mflops']:.1f}" if points[0]["mflops"] else "–")
                 taken = speed.get((name, where))
                 cells += [f"{1e3 * taken:.1f}" if taken else "–", f"{statistics.mean(seconds):.1f}"]
             cells += ["–"] * (len(columns) - len(cells))
@@ -194,8 +193,9 @@ def markdown(rows, recipe, speed):
 def draw(rows, recipe):
     """Figure: PSNR, mean ± std over seeds, against compute or, for tiles, against their size."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for name, points in curves(rows).items():
+    found = curves(rows)
+    axis.set_prop_cycle(color=plt.get_cmap("turbo")(np.linspace(0, 1, max(1, len(found)))))
+    for name, points in found.items():
         means, stds = zip(*(spread([p["psnr"] for p in of]) for of in points.values()), strict=True)
         places = list(points) if recipe["tiles"] else [of[0]["mflops"] for of in points.values()]
         style = "--" if name.endswith("local") else "-"
@@ -214,26 +214,14 @@ def draw(rows, recipe):
     return figure
 
 
-def replaced_parts(model, tokens):
-    """{what was replaced: model}, of the same weights otherwise; for images of so many tokens."""
-    variants = {"as trained": copy.deepcopy(model)}
-    for name, make_router in (
-        ("uniform routing weights", lambda _, n: UniformRouter(n)),
-        ("random routing weights", lambda _, n: RandomRouter(tokens, n)),
-        ("first-choice expert alone", lambda router, _: FirstChoiceRouter(router)),
-    ):
-        variants[name] = with_routers(copy.deepcopy(model), make_router)
-    for keys in (64, 32, 16, 8, 4, 1):
-        budgets = (keys,) * len(model.config.k_attend)
-        variant = SmallViT(replace(model.config, k_attend=budgets))
-        variant.load_state_dict(model.state_dict())
-        variants[f"every expert keeps {keys} keys"] = variant
-    return variants
-
-
 def measure_replaced_parts(args):
     """Prints what becomes of a trained model when parts of it are replaced."""
     _, model, source, (*_, test_set) = load_for_evaluation(args)
+    if model.capacity:
+        raise UserError(
+            f"--checkpoint {args.checkpoint}: its router also chooses which tokens attend, and "
+            "cannot be replaced; name a model without a capacity"
+        )
     device, patch = next(model.parameters()).device, model.config.patch_size
     sizes = [image.shape[1:] for image in test_set.split.images]
     tokens = max(math.ceil(h / patch) * math.ceil(w / patch) for h, w in sizes)
@@ -352,6 +340,11 @@ def main():
     if args.checkpoint is not None:
         if args.tiles:
             raise UserError("--tiles are for variants that are trained; drop it or --checkpoint")
+        for name in ("noise_map", "task", "scale", "holes"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is of trainings; drop --checkpoint")
+        if args.noise_level and args.noise_level[0] < args.noise_level[1]:
+            raise UserError("--noise-level: name one σ beside --checkpoint")
         return measure_replaced_parts(args)
     recipe, files = recipe_of(args), files_of(Path(args.output))
     with locked(files):
@@ -377,6 +370,8 @@ def run_study(args, recipe, files, device):
     }
     for name in ("model", "seed"):
         del settings[name]  # every variant and seed has its own
+    for name in args.variants:  # before hours go by
+        made(name, splits[0].degradation.channels)
     rows = read_rows(files[0], settings)
     done = {(row["variant"], row["seed"]) for row in rows}
     splits = (splits[0].to(device), *splits[1:])

@@ -160,7 +160,7 @@ class AdaptiveAttentionMoE(nn.Module):
 
     def choose(self, routing):
         """Places of the ⌈capacity · N⌉ tokens that attend, int64 [B, M]; ties go to the first."""
-        count = math.ceil(self.capacity * routing.shape[1] - 1e-6)  # 0.07 · 100 is above 7
+        count = max(1, math.ceil(self.capacity * routing.shape[1] - 1e-6))  # 0.07 · 100 > 7
         return self.reluctance(routing).argsort(dim=1, stable=True)[:, :count]
 
     def reluctance(self, routing):
@@ -191,6 +191,6 @@ def load_balancing_loss(routing, capacity=None):
     load = load.clamp_min(torch.finfo(load.dtype).tiny)  # log stays finite after a collapse
     if capacity is None:
         return -(load * num_experts).log().mean() / num_experts
-    wanted = load.new_full(load.shape, capacity / (num_experts - 1))  # [E]
-    wanted[-1] = 1 - capacity
+    wanted = load.new_full((num_experts - 1,), capacity / (num_experts - 1))
+    wanted = F.pad(wanted, (0, 1), value=1 - capacity)  # [E]
     return (torch.xlogy(wanted, wanted) - wanted * load.log()).sum() / num_experts

@@ -252,7 +252,7 @@ def peak_of_photograph(name, device, dtype, threads):
 
 
 def measure_photograph(effort, device, args):
-    """Denoising a photograph by untrained models, the second of 64 channels: a dict for each."""
+    """Denoising a photograph by untrained models, DnCNN's of 64 channels: a dict for each."""
     noisy, _ = noisy_photograph("astronaut", PHOTOGRAPH)
     functions = {
         name: partial(denoise, make().to(device), noisy, dtype=args.dtype)

@@ -106,8 +106,8 @@ def special_psnr(degradation, degraded, restored, clean):
     return psnr(one, other)
 
 
-def compare_others(model, test_set):
-    """Prints the table of a task that is no noise; returns the model's Evaluation."""
+def compare_others(model, test_set, classical):
+    """As `compare`, for a task that is no noise."""
     degradation, device = test_set.degradation, next(model.parameters()).device
 
     @torch.inference_mode()
@@ -115,9 +115,10 @@ def compare_others(model, test_set):
         return model(torch.from_numpy(degraded).unsqueeze(0).to(device))[0][0].cpu().numpy()
 
     result = evaluate(model, test_set)  # leaves it in evaluation mode
-    special = "in the holes" if degradation.task == "inpaint" else "luma"
-    print(f"\n| method | PSNR (dB) | SSIM | PSNR (dB), {special} |\n|---|---|---|---|")
-    methods = other_baselines(degradation) | {"**this model**": this_model}
+    where = "in the holes" if degradation.task == "inpaint" else "luma"
+    print(f"\n| method | PSNR (dB) | SSIM | PSNR (dB), {where} |\n|---|---|---|---|")
+    methods = other_baselines(degradation) if classical else {}
+    methods["**this model**"] = this_model
     for name in tqdm(methods, "methods", leave=False, disable=None):
         scores = []
         for degraded, clean, _ in test_set.batches(1):
@@ -218,15 +219,16 @@ def main():
     if levels and not of_noise:
         what = f"{args.checkpoint} was trained for {test_set.degradation}"
         raise UserError(f"--noise-level: {what}; drop the option")
-    if args.tile and not of_noise:
-        raise UserError("--tile is for noise; drop the option")
+    for name in ("tile", "unclipped"):
+        if getattr(args, name) is not None and not of_noise:
+            raise UserError(f"--{name} is for noise; drop the option")
     for dataset in map(test_set.at, levels) if levels else [test_set]:
-        kind = "" if dataset.clipped else ", unclipped"
+        kind = "" if dataset.clipped or not of_noise else ", unclipped"
         print(f"\n{source.name}, {len(test_set):,} test images, {dataset.degradation}{kind}")
         if of_noise:
             result = compare(model, dataset, not args.model_only)
         else:
-            result = compare_others(model, dataset)
+            result = compare_others(model, dataset, not args.model_only)
         print(f"\n{result_line(result.psnr, result.ssim, source.name)}")
     return 0
 

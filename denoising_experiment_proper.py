@@ -44,7 +44,7 @@ from experiment.data_parallel import (
     wait_if,
     world_size,
 )
-from experiment.degradations import check_options, degradation_of
+from experiment.degradations import OPTIONS_OF, check_options, degradation_of
 from experiment.evaluation import (
     draw_history,
     epoch_line,
@@ -163,6 +163,9 @@ def recipe_of(args):
         changes["steps"] = None
     recipe = replace(RECIPES[args.recipe], **changes)
     check_options(recipe.task, changes)
+    if recipe.task != "denoise":  # nor do other tasks have the noise of the recipe
+        plain = {name: getattr(Recipe, name) for name in OPTIONS_OF["denoise"]}
+        recipe = replace(recipe, **plain)
     return recipe
 
 
@@ -175,7 +178,7 @@ def training_step(model, optimizer, noisy, clean, recipe, capacity=None):
     Args:
         model: denoiser in training mode.
         optimizer: of its parameters.
-        noisy, clean: [B, 3, h, w] on the model's device.
+        noisy, clean: [B, in_channels, h, w] and [B, 3, h, w] on the model's device.
         recipe: its loss, balance_weight and dtype count. bfloat16 runs matrix products under
             autocast; weights, tokens and losses stay in float32.
         capacity: that which the model has, None if it has none.
@@ -290,9 +293,9 @@ def set_learning_rate(optimizer, recipe, step, train_set):
 
 def parse_args():
     parser = make_parser(
-        "Trains SmallViT to remove Gaussian noise, keeps its best epoch by validation loss and "
-        "tests it. Writes FILE after every epoch, and beside it FILE's name with _history.csv, "
-        "_curve.png and, until the run is complete, _resume.pt.",
+        "Trains SmallViT to remove noise or to restore images, keeps its best epoch by validation "
+        "loss and tests it. Writes FILE after every epoch, and beside it FILE's name with "
+        "_history.csv, _curve.png and, until the run is complete, _resume.pt.",
         "python denoising_experiment_proper.py --dataset photos --recipe refined --epochs 6",
         *("dataset", "data-dir", "noise-level", "noise-map", "seed", "task", "scale", "holes"),
         *("device", "threads", "dtype", "compile"),

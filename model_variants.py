@@ -1,5 +1,6 @@
 """What the study compares the model with: other routers, other budgets, conventional denoisers."""
 
+import copy
 import functools
 import math
 from dataclasses import replace
@@ -63,6 +64,23 @@ def with_routers(model, make_router):
     return model
 
 
+def replaced_parts(model, tokens):
+    """{what was replaced: model}, of the same weights otherwise; for images of so many tokens."""
+    variants = {"as trained": copy.deepcopy(model)}
+    for name, make_router in (
+        ("uniform routing weights", lambda _, n: UniformRouter(n)),
+        ("random routing weights", lambda _, n: RandomRouter(tokens, n)),
+        ("first-choice expert alone", lambda router, _: FirstChoiceRouter(router)),
+    ):
+        variants[name] = with_routers(copy.deepcopy(model), make_router)
+    for keys in (64, 32, 16, 8, 4, 1):
+        budgets = (keys,) * len(model.config.k_attend)
+        variant = SmallViT(replace(model.config, k_attend=budgets))
+        variant.load_state_dict(model.state_dict())
+        variants[f"every expert keeps {keys} keys"] = variant
+    return variants
+
+
 # Which tokens attend --------------------------------------------------------------------------
 
 
@@ -73,23 +91,28 @@ def by_chance(block, routing):
 
 def by_pattern(block, routing):
     """The same places in every image, as far apart as can be; in every second block the others."""
-    return in_turn(spread_ranks(routing.shape[1]), block, routing)
+    return in_turn(spread_ranks(routing.shape[1], routing.device), block, routing)
 
 
 def by_halves(block, routing):
     """The same places in every image, drawn once; in every second block the others."""
-    order = torch.randperm(routing.shape[1], generator=torch.Generator().manual_seed(0))
-    return in_turn(order, block, routing)
+    return in_turn(drawn_ranks(routing.shape[1], routing.device), block, routing)
 
 
 def in_turn(ranks, block, routing):
     """[N] -> [B, N]: a fixed order of the places, from behind in every second block."""
-    ranks = ranks.to(routing.device).expand(len(routing), -1)
+    ranks = ranks.expand(len(routing), -1)
     return -ranks if block % 2 else ranks
 
 
+@functools.cache  # once on each device: a CUDA graph cannot record a copy to it
+def drawn_ranks(tokens, device):
+    """Ranks in an order that is drawn once, int64 [tokens]."""
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).to(device)
+
+
 @functools.cache
-def spread_ranks(tokens):
+def spread_ranks(tokens, device=None):
     """Ranks of a square grid's tokens, int64 [tokens]: however many come first, they lie evenly.
 
     The threshold matrix of ordered dithering ("An optimum method for two-level rendition of
@@ -99,7 +122,7 @@ def spread_ranks(tokens):
     while len(order) < side:
         upper, lower = (4 * order, 4 * order + 2), (4 * order + 3, 4 * order + 1)
         order = torch.cat([torch.cat(upper, 1), torch.cat(lower, 1)])
-    return order[:side, :side].flatten()[:tokens].argsort(stable=True).argsort()
+    return order[:side, :side].flatten()[:tokens].argsort(stable=True).argsort().to(device)
 
 
 def with_choice(model, choice):
@@ -142,7 +165,7 @@ class OneOfExperts(nn.Module):
         if self.router:
             routing = self.router(x)  # [B, N, E]
         else:
-            places = spread_ranks(x.shape[1]).to(x.device) % experts
+            places = spread_ranks(x.shape[1], x.device) % experts
             routing = F.one_hot(places, experts).to(x.dtype).expand(len(x), -1, -1)
         weight, choice = routing.max(-1, keepdim=True)  # [B, N, 1]
         projected = (by_expert(self.query, x, choice), self.key(x), self.value(x))

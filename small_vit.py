@@ -286,6 +286,8 @@ def build_model(checkpoint, path):
             raise ValueError
         settings |= {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
         config = ViTConfig(**settings)
+        if (config.in_channels == 4) != (checkpoint["recipe"].get("task") == "inpaint"):
+            raise ValueError
         # Every layer has weights of its own: a configuration cannot ask for more than there are.
         if max(config.num_layers * len(config.k_attend), config.conv_depth) > len(weights):
             raise ValueError

@@ -132,7 +132,9 @@ def decision_table(model, dataset):
         often = torch.stack(chosen).mean(0) if not dataset.whole else torch.cat(chosen).mean()[None]
         pairs = [torch.corrcoef(torch.stack([torch.cat(chosen), cause]))[0, 1] for cause in causes]
         shares = "  ".join(f"{100 * x:5.1f} %" for x in (often.min(), often.mean(), often.max()))
-        rows.append(f"block {block}  {shares}  {pairs[0]:9.3f} {pairs[1]:12.3f} {pairs[2]:14.3f}")
+        # A cause that is the same everywhere has no correlation
+        cells = [f"{x:.3f}" if x.isfinite() else "–" for x in pairs]
+        rows.append(f"block {block}  {shares}  {cells[0]:>9} {cells[1]:>12} {cells[2]:>14}")
     return "\n".join(rows)
 
 

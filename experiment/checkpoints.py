@@ -7,7 +7,7 @@ import zipfile
 import torch
 
 from experiment.data_parallel import rank
-from experiment.degradations import DRAWS, OPTIONS_OF, SCALES
+from experiment.degradations import DEFAULTS, DRAWS, OPTIONS_OF, SCALES
 from experiment.muon import state_shapes
 from experiment.run_files import csv_text, replace_when_complete, write_text
 from experiment.user_errors import Diverged, UserError
@@ -59,7 +59,11 @@ TEST |= {"noisy_psnr_mean": float, "psnr_mean": float, "images": whole(1), "util
 LATER = {"crop": lambda v: v is None or whole(1)(v), "unclipped": bool}  # not in old recipes
 LATER |= {"noise_map": lambda v: isinstance(v, str) and v in DRAWS}
 LATER |= {"task": lambda v: isinstance(v, str) and v in OPTIONS_OF}
-LATER |= {"scale": lambda v: type(v) is int and v in SCALES, "holes": noise}
+LATER |= {
+    "scale": lambda v: type(v) is int and v in SCALES,
+    "holes": lambda v: isinstance(v, list) and noise(v),
+}
+EARLIER = {**DEFAULTS, "holes": list(DEFAULTS["holes"]), "noise_map": "uniform"}  # where not noted
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
 ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
 ROW |= {"balance_loss": float}  # rounding takes it below 0
@@ -175,8 +179,9 @@ def write_checkpoint(checkpoint, path):
 def check_same_recipe(earlier, recipe, whose, advice):
     """Raises a UserError that names the first entry of `recipe` that differs in the earlier one."""
     for name, value in recipe.items():
-        if earlier.get(name) != value:
-            raise UserError(f"{whose} {name} {earlier.get(name)}, this one has {value}; {advice}")
+        before = earlier.get(name, EARLIER.get(name))
+        if before != value:
+            raise UserError(f"{whose} {name} {before}, this one has {value}; {advice}")
 
 
 def check_finite(row, best, files):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from experiment.degradations import DRAWS, MOST_HOLES, OPTIONS_OF, SCALES
+from experiment.losses import LOSSES
 from experiment.user_errors import UserError
 
 PUBLISHED_CHECKPOINT = "best_denoising_model_proper.pt"
@@ -92,7 +94,7 @@ OPTIONS = {
             "a fraction: 25/255; two values are a range, see --noise-map (default: 0.2)",
         ),
         "noise-map": dict(
-            choices=["uniform", "regions", "ramp", "signal"],
+            choices=list(DRAWS),
             default="uniform",
             help="uniform: every image draws one σ of the range, log-uniformly; or how σ differs "
             "over an image: the higher one in a rectangle, the lower one around it; from one to "
@@ -111,13 +113,13 @@ OPTIONS = {
     },
     "task": {
         "task": dict(
-            choices=["denoise", "super-resolution", "inpaint"],
+            choices=list(OPTIONS_OF),
             help="what the model restores: noisy images; images enlarged after a bicubic "
             "reduction; or images with holes",
         ),
-        "scale": dict(type=int, choices=[2, 3, 4], help="of --task super-resolution"),
+        "scale": dict(type=int, choices=SCALES, help="of --task super-resolution"),
         "holes": dict(
-            type=number(ratio, 0, strictly=True, most=0.9),
+            type=number(ratio, 0, strictly=True, most=MOST_HOLES),
             nargs=2,
             metavar=("LOW", "HIGH"),
             help="of --task inpaint: share of the pixels that is unknown, drawn between the two",
@@ -128,6 +130,7 @@ OPTIONS = {
             default="published",
             help="published: that of the original; refined: a convolutional encoder and decoder "
             "around the same blocks, trained by Muon; quick: a smaller one, trained in a minute; "
+            "routed: noise that differs over the image, attention where the router sends it; "
             "photographs: whole photographs with noise of any level up to 0.3",
         ),
         "model": dict(help="architecture"),
@@ -147,7 +150,7 @@ OPTIONS = {
             type=number(float, 0), help="decoupled, of all parameters; by muon, of matrices alone"
         ),
         "loss": dict(
-            choices=["mse", "psnr", "charbonnier", "ssim", "lpips"],
+            choices=list(LOSSES),
             help="mean squared error; minus the mean PSNR; a smooth absolute error; 1 - SSIM; or "
             "the first with LPIPS, by the package of that name",
         ),

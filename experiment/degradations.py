@@ -1,8 +1,9 @@
 """What is done to clean images: noise, reduction, holes; each is a function of random numbers.
 
 A degradation maps clean images [n, 3, h, w] in [0, 1], normal random numbers of that shape and
-uniform ones [n, numbers] to the degraded images [n, channels, h, w] and σ of the noise of every
-pixel, [n, 1 or 3, 1 or h, 1 or w]. Same numbers, same images.
+uniform ones [n, numbers] to the degraded images [n, channels, h, w] and to how damaged each pixel
+is, of a shape that expands to that of the clean ones: σ of its noise, 1 in a hole, else 0. Same
+numbers, same images.
 """
 
 import math
@@ -62,8 +63,8 @@ class GaussianNoise:
 
     def __call__(self, clean, noise, numbers):
         sigma = sigma_map(self.noise_map, clean, self.noise_range, numbers).float()
-        noisy = noise.mul_(sigma).add_(clean)
-        return (noisy.clamp_(0, 1) if self.clipped else noisy), sigma
+        noisy = noise * sigma + clean
+        return (noisy.clamp(0, 1) if self.clipped else noisy), sigma
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Holes:
 
     def __call__(self, clean, noise, numbers):
         size = clean.shape[2:]
-        masks = [draw_mask(size, self.shares, float(u)) for u in numbers.flatten()]
+        masks = [draw_mask(size, self.shares, u) for u in numbers.flatten().tolist()]
         known = torch.from_numpy(np.stack(masks)).to(clean).unsqueeze(1)  # [n, 1, h, w]
         return torch.cat([clean * known, known], 1), 1 - known
 
@@ -150,7 +151,7 @@ def draw_mask(size, shares, number):
     """
     rng = np.random.default_rng(int(number * 2**53))
     height, width = size
-    wanted = round(rng.uniform(*shares) * height * width)
+    wanted = max(1, round(rng.uniform(*shares) * height * width))
     known, side = np.ones(size, bool), math.sqrt(height * width)
     while (missing := wanted - (~known).sum()) > 0:
         shape = rectangle(size, side, rng) if rng.random() < 0.5 else stroke(size, side, rng)

@@ -12,6 +12,7 @@ PSNR_WEIGHT = 1e-3  # with it, 1 dB near 23 dB weighs what it weighs in the mean
 PSNR_EPS = 1e-5  # an MSE of 50 dB; bounds the gradient of the logarithm
 CHARBONNIER_EPS = 1e-3  # below such differences the loss is a parabola
 SSIM_WINDOW = 7  # pixels, scikit-image's default
+LPIPS_LEAST = 31  # side of the smallest image that AlexNet's strides leave something of
 LPIPS_WEIGHT = 0.01  # beside the mean squared error, which is about 0.003 where LPIPS is about 0.1
 
 
@@ -57,8 +58,11 @@ def lpips(restored, clean):
     2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric").
 
     Raises:
-        UserError: there is no package lpips, or its weights cannot be had.
+        UserError: there is no package lpips, its weights cannot be had, or the images are too small
+            for AlexNet.
     """
+    if min(clean.shape[-2:]) < LPIPS_LEAST:
+        raise UserError(f"--loss lpips needs images of at least {LPIPS_LEAST}×{LPIPS_LEAST} pixels")
     distance = lpips_network(clean.device)(restored, clean, normalize=True)
     return mse(restored, clean) + LPIPS_WEIGHT * distance.mean()
 

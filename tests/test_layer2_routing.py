@@ -156,7 +156,9 @@ def choosing(seeded):
     return AdaptiveAttentionMoE(24, 3, (4, 16), capacity=0.25).double()
 
 
-@pytest.mark.parametrize(("capacity", "count"), [(0.01, 1), (0.25, 4), (0.26, 5), (1.0, 16)])
+@pytest.mark.parametrize(
+    ("capacity", "count"), [(1e-9, 1), (0.01, 1), (0.25, 4), (0.26, 5), (1.0, 16)]
+)
 def test_the_share_of_tokens_that_attend_is_the_capacity(choosing, capacity, count):
     """Rounded up, in every image; it may be changed at any time."""
     choosing.capacity = capacity

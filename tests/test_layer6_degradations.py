@@ -172,6 +172,8 @@ def test_a_task_is_not_another(restorer, call):
     for script in (visualize_proper_results, compare_baselines):
         process = call(script, "--checkpoint", path, "--noise-level", 0.1)
         assert_refused(process, "--noise-level", TASKS[task])
+    process = call(compare_baselines, "--checkpoint", path, "--unclipped")
+    assert_refused(process, "--unclipped is for noise")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["recipe"]["crop"] = 32
     torch.save(checkpoint, "whole.pt")
@@ -188,6 +190,7 @@ def test_a_task_is_not_another(restorer, call):
         (("--task", "inpaint", "--holes", 0.1, 1), "--holes"),
         (("--task", "inpaint", "--holes", 0.4, 0.1), "ascend"),
         (("--task", "inpaint", "--noise-level", 0.1), "--noise-level is of --task denoise"),
+        (("--task", "inpaint", "--unclipped"), "--unclipped is of --task denoise"),
         (("--scale", 2), "--scale is of --task super-resolution"),
         (("--holes", 0.1, 0.2), "--holes is of --task inpaint"),
     ],
@@ -195,6 +198,21 @@ def test_a_task_is_not_another(restorer, call):
 def test_impossible_tasks_end_in_a_sentence(call, folder, options, words):
     process = call(experiment, "--dataset", folder, *options, *SHORT, "--output", "m.pt")
     assert_refused(process, words)
+
+
+@pytest.mark.parametrize(
+    "option", [("--task", "inpaint"), ("--noise-map", "ramp"), ("--noise-level", 0.1, 0.2)]
+)
+def test_parts_are_replaced_in_a_model_as_it_was_trained(call, option):
+    assert_refused(call(ablation_study, "--checkpoint", "m.pt", *option), option[0], "--checkpoint")
+
+
+def test_no_share_is_too_small_for_a_hole():
+    known = NoisyImageDataset(
+        Split(torch.zeros(1, 3, 8, 8).byte(), torch.zeros(1), torch.ones(1)),
+        degradation=Holes((1e-6, 1e-6)),
+    )[0][0][3]
+    assert (known == 0).sum() == 1
 
 
 def test_the_study_trains_variants_that_read_a_mask(call, folder):
