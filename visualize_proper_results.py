@@ -38,6 +38,17 @@ DETAIL = 96  # side of the enlarged part of a photograph, pixels
 SHOWN_BUDGETS = (0.5, 0.25, 0.125)  # of the tokens that attend, of a model with such a choice
 
 
+def budget_table(model, dataset):
+    """Markdown table: PSNR and SSIM of a model with a capacity, of all tokens and SHOWN_BUDGETS."""
+    rows, trained = ["| of the tokens attend | PSNR (dB) | SSIM |", "|---|---|---|"], model.capacity
+    for model.capacity in (1.0, *SHOWN_BUDGETS):
+        result = evaluate(model, dataset)
+        figures = f"{result.psnr.mean():.3f} | {result.ssim.mean():.4f}"
+        rows.append(f"| {100 * model.capacity:g} % | {figures} |")
+    model.capacity = trained
+    return "\n".join(rows)
+
+
 def rank_images(psnrs):
     """Indices of the images at PERCENTILES of PSNR, worst first."""
     order = np.argsort(psnrs, kind="stable")
@@ -244,9 +255,8 @@ def main():
     write_figure(draw_images(model, test_set, rank_images(result.psnr), title), output)
     print(summary_table(result))
     if model.capacity:
-        print(
-            f"\n{100 * model.capacity:g} % of the tokens attend\n{decision_table(model, test_set)}"
-        )
+        print(f"\n{100 * model.capacity:g} % of the tokens attend")
+        print(f"{decision_table(model, test_set)}\n\n{budget_table(model, test_set)}")
     if test_set.degradation.task == "denoise":
         print("\n| σ | noisy (dB) | denoised (dB) |\n|---|---|---|")
         for level, before, after in psnr_against_noise(model, test_set):
