@@ -92,7 +92,7 @@ def test_every_budget_of_a_capacity_is_tested_and_timed(study, monkeypatch):
     monkeypatch.setattr(
         ablation_study, "alternate", lambda f, *_: {key: count_flops(f[key]) for key in f}
     )
-    counted = ablation_study.measure_speed(names, 32, torch.device("cpu"))
+    counted = ablation_study.measure_speed(names, 3, 32, torch.device("cpu"))
     assert counted == {key: round(2e6 * point["mflops"]) for key, point in points.items()}
     model = VARIANTS[names[0]]().eval()
     assert counted[names[0], "all"] == 2 * count_flops(model, torch.rand(1, 3, 32, 32))
@@ -272,9 +272,9 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
         whole, small, _ = row["points"]
         assert small["psnr"] != whole["psnr"] and small["ssim"] is None
         flops = count_flops(VARIANTS[row["variant"]]().eval(), torch.rand(1, 3, 16, 16))
-        assert small["mflops"] == whole["mflops"] == flops / 1e6  # of a crop
+        assert whole["mflops"] == flops / 1e6 and small["mflops"] is None  # of a crop alone
     table = Path("ablation_study.md").read_text()
-    assert len(re.findall(r"\| tiles of 32×32 \| .* ± .* \| – \| .* \| – \| ", table)) == 2
+    assert len(re.findall(r"\| tiles of 32×32 \| .* ± .* \| – \| – \| – \| ", table)) == 2
     assert Path("ablation_study.png").stat().st_size > 10_000
     process = call(ablation_study, *options, "--variants", *names)
     assert_refused(process, "tiles [16, 32]")
