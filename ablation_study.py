@@ -36,12 +36,8 @@ from experiment.image_sources import SIZE, load_images
 from experiment.run_files import locked, write_figure, write_text
 from experiment.timing import alternate, count_flops
 from experiment.user_errors import Diverged, UserError, run_main
-from model_variants import (
-    VARIANTS,
-    InTiles,
-    replaced_parts,
-)
-from small_vit import count_parameters, load_for_evaluation
+from model_variants import VARIANTS, InTiles, replaced_parts
+from small_vit import at_each, count_parameters, load_for_evaluation
 
 POINT = {"at": str, "psnr": real, "ssim": lambda v: v is None or real(v)}
 POINT["mflops"] = POINT["ssim"]  # None for tiles
@@ -106,14 +102,8 @@ def made(name, channels):
 
 
 def budgets_of(model):
-    """Yields every budget of a model with a capacity, which it has then; else None once."""
-    if getattr(model, "capacity", None) is None:
-        yield None
-        return
-    trained = model.capacity
-    for model.capacity in BUDGETS:
-        yield model.capacity
-    model.capacity = trained
+    """Every budget of a model with a capacity, which it has then; else None once."""
+    return at_each(model, BUDGETS) if getattr(model, "capacity", None) else [None]
 
 
 def at(budget):
@@ -200,10 +190,7 @@ def draw(rows, recipe):
         places = list(points) if recipe["tiles"] else [of[0]["mflops"] for of in points.values()]
         style = "--" if name.endswith("local") else "-"
         axis.errorbar(places, means, stds, fmt=f".{style}", capsize=3, label=name)
-    axis.set(
-        ylabel="PSNR (dB)",
-        title=f"{recipe['dataset']}, {damage_of(recipe)}",
-    )
+    axis.set(ylabel="PSNR (dB)", title=f"{recipe['dataset']}, {damage_of(recipe)}")
     if recipe["tiles"]:
         axis.set_title(f"Trained on crops of {recipe['crop']}×{recipe['crop']}")
     else:

@@ -11,7 +11,7 @@ from adaptive_attention_moe import AdaptiveAttentionMoE, check_capacity
 from conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import select_device
-from experiment.degradations import DEFAULTS, as_range, damage_of, degradation_of
+from experiment.degradations import as_range, damage_of, degradation_in
 from experiment.image_sources import SIZE, load_images
 from experiment.noisy_images import noisy_splits
 from experiment.user_errors import UserError, printable
@@ -249,6 +249,14 @@ class SmallViT(nn.Module):
         return self.eval()(noisy)[0]
 
 
+def at_each(model, capacities):
+    """Yields each capacity, which the model has then; afterwards it has its own again."""
+    own = model.capacity
+    for model.capacity in capacities:
+        yield model.capacity
+    model.capacity = own
+
+
 def reflected(image, rows, columns):
     """Continues images [..., h, w] by reflection, downwards and to the right, however small."""
     for dim, more in ((-2, rows), (-1, columns)):
@@ -332,7 +340,7 @@ def load_for_evaluation(args, same_images=False):
     model = build_model(checkpoint, args.checkpoint).to(device)
     recipe = checkpoint["recipe"]
     level, noise_map = as_range(recipe["noise_level"]), recipe.get("noise_map", "uniform")
-    degradation = degradation_of(*(recipe.get(name, v) for name, v in DEFAULTS.items()))
+    degradation = degradation_in(recipe)
     trained = f"trained on {recipe['dataset']} with {damage_of(recipe)}"
     epochs = f"epoch {checkpoint['epoch']} of {recipe['epochs']}"
     parameters = f"{count_parameters(model):,} parameters"

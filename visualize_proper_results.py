@@ -25,7 +25,7 @@ from experiment.evaluation import (
 )
 from experiment.run_files import check_picture, check_writable, csv_text, write_figure, write_text
 from experiment.user_errors import run_main
-from small_vit import load_for_evaluation
+from small_vit import at_each, load_for_evaluation
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
 PERCENTILES = (5, 23, 41, 59, 77, 95)
@@ -40,12 +40,11 @@ SHOWN_BUDGETS = (0.5, 0.25, 0.125)  # of the tokens that attend, of a model with
 
 def budget_table(model, dataset):
     """Markdown table: PSNR and SSIM of a model with a capacity, of all tokens and SHOWN_BUDGETS."""
-    rows, trained = ["| of the tokens attend | PSNR (dB) | SSIM |", "|---|---|---|"], model.capacity
-    for model.capacity in (1.0, *SHOWN_BUDGETS):
+    rows = ["| of the tokens attend | PSNR (dB) | SSIM |", "|---|---|---|"]
+    for share in at_each(model, (1.0, *SHOWN_BUDGETS)):
         result = evaluate(model, dataset)
         figures = f"{result.psnr.mean():.3f} | {result.ssim.mean():.4f}"
-        rows.append(f"| {100 * model.capacity:g} % | {figures} |")
-    model.capacity = trained
+        rows.append(f"| {100 * share:g} % | {figures} |")
     return "\n".join(rows)
 
 
@@ -102,10 +101,10 @@ def restore(model, noisy):
     rows = math.ceil(noisy.shape[2] / model.config.patch_size)
     restored, routings = model(noisy)
     if model.capacity:
-        trained, decisions = model.capacity, []
-        for model.capacity in SHOWN_BUDGETS:
-            decisions.append([a.float() for a in attending(model, model(noisy)[1])])
-        model.capacity = trained
+        decisions = [
+            [a.float() for a in attending(model, model(noisy)[1])]
+            for _ in at_each(model, SHOWN_BUDGETS)
+        ]
         routings = [torch.stack(block, 2) for block in zip(*decisions, strict=True)]
     maps = torch.cat(routings).transpose(1, 2).unflatten(2, (rows, -1))
     return restored[0].cpu(), maps.cpu()
@@ -119,23 +118,19 @@ def decision_table(model, dataset):
         model: SmallViT with a capacity, in evaluation mode.
         dataset: NoisyImageDataset.
     """
-    device, patch, of_blocks, places = (
-        next(model.parameters()).device,
-        model.config.patch_size,
-        [],
-        [],
-    )
+    device, of_blocks, places = next(model.parameters()).device, [], []
+
+    def of_tokens(x):  # [3, h, w] -> [rows, columns], the mean over a patch and the colours
+        return F.avg_pool2d(x, model.config.patch_size, ceil_mode=True).mean(0)
+
     for index in range(len(dataset)):
         noisy, clean, _ = dataset[index]
         restored, routings = model(noisy.unsqueeze(0).to(device))
-        errors = (restored[0].cpu() - clean).square()
-        squares = [F.avg_pool2d(x, patch, ceil_mode=True).mean(0) for x in (clean, clean.square())]
-        contrast = (squares[1] - squares[0].square()).clamp_min(0).sqrt()
-        means = [
-            F.avg_pool2d(x, patch, ceil_mode=True).mean(0) for x in (dataset.sigma(index), errors)
-        ]
+        error = of_tokens((restored[0].cpu() - clean).square())
+        variance = of_tokens(clean.square()) - of_tokens(clean).square()
+        causes = [of_tokens(dataset.sigma(index)), variance.clamp_min(0).sqrt(), error]
         of_blocks.append(torch.cat(attending(model, routings)).float().cpu())  # [blocks, N]
-        places.append(torch.stack([means[0], contrast, means[1]]).flatten(1))  # [3, N]
+        places.append(torch.stack(causes).flatten(1))  # [3, N]
     rows = ["                      a place attends      correlation of attending with"]
     rows.append("          least    mean    most      true σ   local contrast   error after")
     causes = torch.cat(places, 1)  # [3, all tokens]

@@ -193,11 +193,15 @@ def degradation_of(task, scale, holes):
         raise UserError(f"--task {task}: {error}") from None
 
 
+def degradation_in(recipe):
+    """`degradation_of` a recipe as a dict, which earlier versions wrote without these entries."""
+    return degradation_of(*(recipe.get(name, value) for name, value in DEFAULTS.items()))
+
+
 def damage_of(recipe):
     """What the images of a recipe, as a dict, have suffered, in words."""
-    task, scale, holes = (recipe.get(name, value) for name, value in DEFAULTS.items())
     noise = (as_range(recipe["noise_level"]), recipe.get("noise_map", "uniform"))
-    return str(degradation_of(task, scale, holes) or noise_text(*noise))
+    return str(degradation_in(recipe) or noise_text(*noise))
 
 
 def check_options(task, given):
