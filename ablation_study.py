@@ -30,7 +30,7 @@ from denoising_experiment_proper import BUDGETS, RECIPES, recipe_of, train
 from experiment.checkpoints import check, check_same_recipe, loads, real, whole
 from experiment.command_line import add_output, make_parser, number, select_device
 from experiment.cuda_graphs import ReplayedModel
-from experiment.degradations import damage_of
+from experiment.degradations import DEFAULTS, damage_of
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, spread
 from experiment.image_sources import SIZE, load_images
 from experiment.run_files import locked, write_figure, write_text
@@ -281,8 +281,8 @@ def parse_args():
         "Trains variants of the model by one recipe and compares them. Goes on where an earlier "
         "run with the same --output stopped.",
         "python ablation_study.py --dataset photos --recipe refined --epochs 10 --seeds 0 1 2",
-        *("dataset", "data-dir", "noise-level", "noise-map", "task", "scale", "holes"),
-        *("device", "threads", "dtype"),
+        *("dataset", "data-dir", "noise-level", "noise-map"),
+        *("task", "scale", "holes", "quality", "device", "threads", "dtype"),
         recipe=RECIPES,
     )
     parser.set_defaults(dataset=None)
@@ -327,7 +327,7 @@ def main():
     if args.checkpoint is not None:
         if args.tiles:
             raise UserError("--tiles are for variants that are trained; drop it or --checkpoint")
-        for name in ("noise_map", "task", "scale", "holes"):
+        for name in ("noise_map", *DEFAULTS):
             if getattr(args, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} is of trainings; drop --checkpoint")
         if args.noise_level and args.noise_level[0] < args.noise_level[1]:

@@ -1,9 +1,9 @@
-"""Compares a trained model with the classical denoisers of scikit-image on the same noisy images.
+"""Compares a trained model with the classical methods for its task on the same test images.
 
     python compare_baselines.py --dataset photos --checkpoint photos.pt
 
-Every classical method gets the strength, out of a short list, that is best on these very test
-images: the comparison favours them. Prints a Markdown table.
+Where such a method has a strength, it gets the one, out of a short list, that is best on these
+very images: the comparison favours it. Prints a Markdown table.
 """
 
 import cv2
@@ -83,10 +83,15 @@ def biharmonic(degraded):
     return inpaint_biharmonic(degraded[:3], degraded[3] == 0, channel_axis=0)
 
 
-def other_baselines(degradation):
+def other_baselines(test_set):
     """{name: function(degraded, clean) -> restored} for what is no noise."""
+    degradation = test_set.degradation
     if degradation.task == "super-resolution":
         return {"bicubic": lambda x, _: x, "Lanczos": lambda _, y: lanczos(y, degradation)}
+    if degradation.task == "jpeg":
+        smooth, strengths = baselines(sigma=0.05)["total variation"]
+        best = best_of(smooth, strengths, test_set)[0]
+        return {"JPEG": lambda x, _: x, "total variation": lambda x, _: smooth(x, best)}
     return {
         "holes": lambda x, _: x[:3],
         "Telea": lambda x, _: telea(x),
@@ -95,13 +100,14 @@ def other_baselines(degradation):
 
 
 def special_psnr(degradation, degraded, restored, clean):
-    """PSNR in dB as the task's papers have it: of the luma without a border of `scale` pixels, or
-    of the pixels in the holes.
+    """PSNR in dB as the task's papers have it: of the luma, for super-resolution without a border
+    of `scale` pixels; or of the pixels in the holes.
     """
     if degradation.task == "inpaint":
         holes = degraded[3] == 0
         return psnr(restored[:, holes], clean[:, holes])
-    inner = (slice(degradation.scale, -degradation.scale),) * 2
+    border = degradation.scale if degradation.task == "super-resolution" else 0
+    inner = (slice(border, -border or None),) * 2
     one, other = (rgb2ycbcr(x, channel_axis=0)[0][inner] / 255 for x in (restored, clean))
     return psnr(one, other)
 
@@ -117,7 +123,7 @@ def compare_others(model, test_set, classical):
     result = evaluate(model, test_set)  # leaves it in evaluation mode
     where = "in the holes" if degradation.task == "inpaint" else "luma"
     print(f"\n| method | PSNR (dB) | SSIM | PSNR (dB), {where} |\n|---|---|---|---|")
-    methods = other_baselines(degradation) if classical else {}
+    methods = other_baselines(test_set) if classical else {}
     methods["**this model**"] = this_model
     for name in tqdm(methods, "methods", leave=False, disable=None):
         scores = []
@@ -170,7 +176,7 @@ def compare(model, test_set, classical):
         test_set: NoisyImageDataset.
         classical: whether the classical methods are measured as well.
     """
-    sigma = sum(test_set.noise_range) / 2  # where it differs over an image, a beginning
+    sigma = sum(test_set.degradation.noise_range) / 2  # where it differs over an image, a beginning
     print("\n| method | PSNR (dB) | SSIM |\n|---|---|---|")
     print_row("noisy input", *measure(None, None, test_set)[1:])
     methods = baselines(sigma) if classical and sigma >= LEAST_SIGMA else {}
@@ -223,7 +229,7 @@ def main():
         if getattr(args, name) is not None and not of_noise:
             raise UserError(f"--{name} is for noise; drop the option")
     for dataset in map(test_set.at, levels) if levels else [test_set]:
-        kind = "" if dataset.clipped or not of_noise else ", unclipped"
+        kind = "" if not of_noise or dataset.degradation.clipped else ", unclipped"
         print(f"\n{source.name}, {len(test_set):,} test images, {dataset.degradation}{kind}")
         if of_noise:
             result = compare(model, dataset, not args.model_only)

@@ -44,7 +44,7 @@ from experiment.data_parallel import (
     wait_if,
     world_size,
 )
-from experiment.degradations import OPTIONS_OF, check_options, degradation_of
+from experiment.degradations import OPTIONS_OF, check_options, degradation_in
 from experiment.evaluation import (
     draw_history,
     epoch_line,
@@ -76,9 +76,10 @@ BUDGETS = (1.0, 0.5, 0.25, 0.125)  # of a model with a capacity; steps take them
 class Recipe:
     """What decides the result of a training besides the images; the defaults are as published."""
 
-    task: str = "denoise"  # or "super-resolution", "inpaint", see degradations.py
+    task: str = "denoise"  # or "super-resolution", "inpaint", "jpeg", see degradations.py
     scale: int = 2  # of super-resolution
     holes: tuple = (0.1, 0.4)  # (low, high) of the share of pixels that inpainting restores
+    quality: tuple = (10, 40)  # (least, most) of the JPEG files whose artefacts are removed
     model: str = "published"  # of MODELS
     batch_size: int = 64  # images per step, of all processes together
     steps: int | None = None  # of the training; the epochs are then as many as they take
@@ -110,7 +111,7 @@ class Recipe:
 
     def splits(self, source):
         """(train, val, test) NoisyImageDatasets of an image source."""
-        side, degradation = self.crop or SIZE, degradation_of(self.task, self.scale, self.holes)
+        side, degradation = self.crop or SIZE, degradation_in(asdict(self))
         if degradation and side % degradation.multiple:
             raise UserError(f"--scale {self.scale} does not divide the {side} pixels of a crop")
         kind = (self.lossless_share, not self.unclipped, self.noise_map, degradation)
@@ -297,8 +298,8 @@ def parse_args():
         "loss and tests it. Writes FILE after every epoch, and beside it FILE's name with "
         "_history.csv, _curve.png and, until the run is complete, _resume.pt.",
         "python denoising_experiment_proper.py --dataset photos --recipe refined --epochs 6",
-        *("dataset", "data-dir", "noise-level", "noise-map", "seed", "task", "scale", "holes"),
-        *("device", "threads", "dtype", "compile"),
+        *("dataset", "data-dir", "noise-level", "noise-map", "seed"),
+        *("task", "scale", "holes", "quality", "device", "threads", "dtype", "compile"),
         recipe=RECIPES,
         model=MODELS,
     )

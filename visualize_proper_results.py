@@ -33,6 +33,7 @@ NAMES = {
     "denoise": ("noisy", "denoised", "ground truth"),
     "super-resolution": ("low resolution, enlarged", "restored", "ground truth"),
     "inpaint": ("with holes", "restored", "ground truth"),
+    "jpeg": ("JPEG", "restored", "ground truth"),
 }
 DETAIL = 96  # side of the enlarged part of a photograph, pixels
 SHOWN_BUDGETS = (0.5, 0.25, 0.125)  # of the tokens that attend, of a model with such a choice
@@ -168,10 +169,11 @@ def draw_images(model, dataset, indices, title):
         colours = {"cmap": "gray", "vmin": 0, "vmax": 1}
         columns = [f"{100 * budget:g} % attend" for budget in SHOWN_BUDGETS]
 
-    task = dataset.degradation.task
-    names = [f"{name}{part}" for part in ("", ", detail") for name in NAMES[task]]
+    damage = dataset.degradation
+    names = [f"{name}{part}" for part in ("", ", detail") for name in NAMES[damage.task]]
     names = names if dataset.whole else names[:3]
-    sigmas = [dataset.sigma(i) for i in indices] if dataset.noise_map != "uniform" else []
+    differs = damage.task == "denoise" and damage.noise_map != "uniform"
+    sigmas = [dataset.sigma(i) / damage.noise_range[1] for i in indices] if differs else []
     names += ["σ of the noise"] if sigmas else []
     ratios = [1.6] * len(names) + [1] * (blocks * experts)
     figure, axes = plt.subplots(
@@ -186,7 +188,7 @@ def draw_images(model, dataset, indices, title):
         panels = [noisy[:3].clamp(0, 1), image, clean]
         part = detail(clean) if dataset.whole else ()
         panels += [panel[part] for panel in panels] if part else []
-        panels += [sigmas[row] / dataset.noise_range[1]] if sigmas else []
+        panels += [sigmas[row]] if sigmas else []
         for axis, panel in zip(axes[row], panels, strict=False):
             axis.imshow(panel.permute(1, 2, 0).numpy(), interpolation="nearest")
         for axis, x in zip(axes[row], (noisy, image), strict=False):

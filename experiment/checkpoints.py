@@ -62,8 +62,11 @@ LATER |= {"task": lambda v: isinstance(v, str) and v in OPTIONS_OF}
 LATER |= {
     "scale": lambda v: type(v) is int and v in SCALES,
     "holes": lambda v: isinstance(v, list) and noise(v),
+    "quality": lambda v: isinstance(v, list) and len(v) == 2 and all(map(whole(1), v)),
 }
-EARLIER = {**DEFAULTS, "holes": list(DEFAULTS["holes"]), "noise_map": "uniform"}  # where not noted
+# Where not noted, as it is read
+EARLIER = {n: list(v) if isinstance(v, tuple) else v for n, v in DEFAULTS.items()}
+EARLIER["noise_map"] = "uniform"
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
 ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
 ROW |= {"balance_loss": float}  # rounding takes it below 0

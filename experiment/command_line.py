@@ -115,7 +115,7 @@ OPTIONS = {
         "task": dict(
             choices=list(OPTIONS_OF),
             help="what the model restores: noisy images; images enlarged after a bicubic "
-            "reduction; or images with holes",
+            "reduction; images with holes; or JPEG files with their artefacts",
         ),
         "scale": dict(type=int, choices=SCALES, help="of --task super-resolution"),
         "holes": dict(
@@ -123,6 +123,12 @@ OPTIONS = {
             nargs=2,
             metavar=("LOW", "HIGH"),
             help="of --task inpaint: share of the pixels that is unknown, drawn between the two",
+        ),
+        "quality": dict(
+            type=number(int, 1, most=95),
+            nargs=2,
+            metavar=("LOW", "HIGH"),
+            help="of --task jpeg: quality of the files, drawn between the two",
         ),
     },
     "recipe": {

@@ -1,4 +1,4 @@
-"""What is done to clean images: noise, reduction, holes; each is a function of random numbers.
+"""What is done to clean images: noise, reduction, holes, compression; functions of random numbers.
 
 A degradation maps clean images [n, 3, h, w] in [0, 1], normal random numbers of that shape and
 uniform ones [n, numbers] to the degraded images [n, channels, h, w] and to how damaged each pixel
@@ -6,22 +6,25 @@ is, of a shape that expands to that of the clean ones: σ of its noise, 1 in a h
 numbers, same images.
 """
 
+import io
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.draw import disk
+from PIL import Image
 
 from experiment.user_errors import UserError
 
 SCALES = (2, 3, 4)
-DEFAULTS = {"task": "denoise", "scale": 2, "holes": (0.1, 0.4)}  # of a recipe
+DEFAULTS = {"task": "denoise", "scale": 2, "holes": (0.1, 0.4), "quality": (10, 40)}  # of a recipe
 OPTIONS_OF = {
     "denoise": ("noise_level", "noise_map", "unclipped"),
     "super-resolution": ("scale",),
     "inpaint": ("holes",),
+    "jpeg": ("quality",),
 }
 # How σ differs over an image, see `sigma_map`, and the random numbers that this takes.
 DRAWS = {"uniform": 1, "regions": 4, "ramp": 1, "signal": 1}
@@ -137,6 +140,39 @@ class Holes:
 MOST_HOLES = 0.9  # share of the pixels; where all are unknown there is nothing to go by
 
 
+@dataclass(frozen=True)
+class Compression:
+    """JPEG by Pillow, which halves the resolution of the colours.
+
+    Raises:
+        ValueError: the qualities do not ascend in 1 … 95.
+    """
+
+    quality: tuple = (10, 40)  # (least, most), drawn uniformly
+
+    task = "jpeg"
+    channels = 3
+    multiple = 1
+    numbers = 1
+
+    def __post_init__(self):
+        low, high = self.quality
+        if not 1 <= low <= high <= 95:
+            raise ValueError(f"qualities must ascend in 1 … 95, got {self.quality}")
+
+    def __str__(self):
+        return "JPEG of quality {} to {}".format(*self.quality)
+
+    def __call__(self, clean, noise, numbers):
+        low, high = self.quality
+        images = (255 * clean).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        for image, number in zip(images, numbers.flatten().tolist(), strict=True):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "JPEG", quality=low + int(number * (high - low + 1)))
+            image[:] = Image.open(file)
+        return torch.from_numpy(images).to(clean).permute(0, 3, 1, 2) / 255, clean.new_zeros(1)
+
+
 def draw_mask(size, shares, number):
     """Which pixels are known: bool [h, w].
 
@@ -170,32 +206,36 @@ def rectangle(size, side, rng):
 
 def stroke(size, side, rng):
     """bool [h, w] of a brush that turns as it goes."""
-    area, place = np.zeros(size, bool), rng.uniform(0, size)
-    radius, angle = max(0.6, side * rng.uniform(1 / 64, 1 / 24)), rng.uniform(0, 2 * math.pi)
-    for _ in range(int(rng.integers(8, 24))):
-        angle += rng.uniform(-0.6, 0.6)
-        place = place + radius * np.array([math.sin(angle), math.cos(angle)])
-        area[disk(place, radius + 0.5, shape=size)] = True
-    return area
+    width, angle = 1 + side * rng.uniform(1 / 32, 1 / 12), rng.uniform(0, 2 * math.pi)
+    angles = angle + rng.uniform(-0.6, 0.6, int(rng.integers(8, 24))).cumsum()
+    steps = width / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)
+    places = rng.uniform(0, size[::-1]) + steps.cumsum(0)  # x, y
+    area = np.zeros(size, np.uint8)
+    cv2.polylines(area, [places.round().astype(np.int32)], False, 1, round(width))
+    return area == 1
 
 
-def degradation_of(task, scale, holes):
-    """The degradation of a recipe's entries; None for noise, which has more of them.
+KINDS = {kind.task: kind for kind in (SuperResolution, Holes, Compression)}
+
+
+def degradation_of(task, **settings):
+    """The degradation of a recipe's entries in DEFAULTS; None for noise, which has more of them.
 
     Raises:
         UserError: they are out of their range.
     """
+    if task not in KINDS:
+        return None
+    value = settings[OPTIONS_OF[task][0]]
     try:
-        if task == "super-resolution":
-            return SuperResolution(scale)
-        return Holes(tuple(holes)) if task == "inpaint" else None
+        return KINDS[task](tuple(value) if isinstance(value, list | tuple) else value)
     except ValueError as error:
         raise UserError(f"--task {task}: {error}") from None
 
 
 def degradation_in(recipe):
     """`degradation_of` a recipe as a dict, which earlier versions wrote without these entries."""
-    return degradation_of(*(recipe.get(name, value) for name, value in DEFAULTS.items()))
+    return degradation_of(**{name: recipe.get(name, value) for name, value in DEFAULTS.items()})
 
 
 def damage_of(recipe):

@@ -1,6 +1,7 @@
 """Clean images and what has become of them: what training, validation and test see."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -61,21 +62,19 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         images = split.images
         images = [image.to(device) for image in images] if self.whole else images.to(device)
         self.split = Split(images, split.labels.to(device), split.lossless)
-        self.noise_range = noise.noise_range
         self.stream = stream
         self.device = torch.device(device)
-        self.clipped = clipped
-        self.noise_map = noise_map
 
     def to(self, device):
         """The same data set on another device."""
-        how = (self.noise_range, self.stream, device, self.clipped, self.noise_map)
-        return NoisyImageDataset(self.split, *how, self.degradation)
+        given = {"stream": self.stream, "device": device, "degradation": self.degradation}
+        return NoisyImageDataset(self.split, **given)
 
     def at(self, noise_level, count=None):
         """The same images, or the first of them, with noise of another σ."""
-        how = (noise_level, self.stream, self.device, self.clipped, self.noise_map)
-        return NoisyImageDataset(self.split[:count], *how)
+        noise = replace(self.degradation, noise_range=as_range(noise_level))
+        given = {"stream": self.stream, "device": self.device, "degradation": noise}
+        return NoisyImageDataset(self.split[:count], **given)
 
     def __len__(self):
         return len(self.split)

@@ -14,13 +14,18 @@ import denoise_image
 import denoising_experiment_proper as experiment
 import visualize_proper_results
 from conftest import SHORT, assert_refused, run_here, same_weights
-from experiment.degradations import GaussianNoise, Holes, SuperResolution
+from experiment.degradations import Compression, GaussianNoise, Holes, SuperResolution
 from experiment.evaluation import evaluate
 from experiment.image_sources import Split
 from experiment.noisy_images import NoisyImageDataset
 from small_vit import MODELS, SmallViT, ViTConfig, load_model
 
-TASKS = {"super-resolution": SuperResolution(2), "inpaint": Holes()}
+TASKS = {"super-resolution": SuperResolution(2), "inpaint": Holes(), "jpeg": Compression()}
+BASELINES = {
+    "super-resolution": ["bicubic", "Lanczos"],
+    "inpaint": ["holes", "Telea", "biharmonic"],
+    "jpeg": ["JPEG", "total variation"],
+}
 
 
 # Images --------------------------------------------------------------------------------------
@@ -69,6 +74,22 @@ def test_holes_are_of_one_piece_and_of_many():
     assert len({tuple(u.flatten().tolist()) for u in unknown}) == 20
 
 
+def test_compression_is_that_of_files_of_the_qualities(photos, tmp_path):
+    """Every quality between the two occurs, each as often."""
+    images = NoisyImageDataset(photos.test[:100], degradation=Compression((20, 22)))
+    found = []
+    for degraded, clean, _ in (images[i] for i in range(100)):
+        pixels, best = (255 * clean).byte().permute(1, 2, 0).numpy(), []
+        for quality in range(18, 25):
+            Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=quality)
+            file = np.asarray(Image.open(tmp_path / "a.jpg")).transpose(2, 0, 1)
+            best += [quality] if np.array_equal((255 * degraded).round().numpy(), file) else []
+        assert best
+        found += best[:1]
+    counts = [found.count(quality) for quality in range(18, 25)]
+    assert min(counts[2:5]) > 20 and sum(counts[2:5]) == 100
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_done_repeats(photos, task):
     dataset = NoisyImageDataset(photos.test[:7], stream=2, degradation=TASKS[task])
@@ -88,6 +109,8 @@ def test_what_is_done_repeats(photos, task):
         (lambda: SuperResolution(5), "got 5"),
         (lambda: Holes((0.1, 0.95)), "0.95"),
         (lambda: Holes((0.3, 0.2)), "ascend"),
+        (lambda: Compression((40, 10)), "ascend"),
+        (lambda: Compression((10, 96)), "96"),
         (lambda: ViTConfig(in_channels=5), "got 5"),
         (lambda: SmallViT(ViTConfig(in_channels=4))(torch.zeros(1, 3, 32, 32)), "4, h, w"),
     ],
@@ -114,9 +137,17 @@ def test_known_pixels_stay_as_they_are(seeded, name):
     assert torch.equal(other, images * known)
 
 
-@pytest.mark.parametrize("change", [{"task": "inpaint"}, {"scale": 4}, {"holes": (0.3, 0.4)}])
-def test_every_part_of_a_task_decides(photos, change):
-    recipe = experiment.Recipe(**{"task": "inpaint" if "holes" in change else "super-resolution"})
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("denoise", {"task": "inpaint"}),
+        ("super-resolution", {"scale": 4}),
+        ("inpaint", {"holes": (0.3, 0.4)}),
+        ("jpeg", {"quality": (41, 50)}),
+    ],
+)
+def test_every_part_of_a_task_decides(photos, task, change):
+    recipe = experiment.Recipe(task=task)
     before, after = (r.splits(photos)[2][0][0] for r in (recipe, replace(recipe, **change)))
     assert before.shape != after.shape or not torch.equal(before, after)
 
@@ -157,8 +188,7 @@ def test_every_script_knows_the_task_of_a_model(restorer, call):
     process = call(compare_baselines, "--checkpoint", path)
     rows = [line.split(" | ") for line in process.stdout.splitlines() if line.startswith("| ")]
     names = [row[0].strip("| ") for row in rows]
-    least, *others = {"inpaint": ["holes", "Telea", "biharmonic"]}.get(task, ["bicubic", "Lanczos"])
-    assert names == ["method", least, *others, "**this model**"]
+    assert names == ["method", *BASELINES[task], "**this model**"]
     special = [float(row[3].split(" ± ")[0]) for row in rows[1:]]
     if task == "inpaint":
         assert special[0] < special[1] < special[2]
@@ -193,6 +223,9 @@ def test_a_task_is_not_another(restorer, call):
         (("--task", "inpaint", "--unclipped"), "--unclipped is of --task denoise"),
         (("--scale", 2), "--scale is of --task super-resolution"),
         (("--holes", 0.1, 0.2), "--holes is of --task inpaint"),
+        (("--quality", 10, 40), "--quality is of --task jpeg"),
+        (("--task", "jpeg", "--quality", 40, 10), "ascend"),
+        (("--task", "jpeg", "--quality", 0, 10), "--quality"),
     ],
 )
 def test_impossible_tasks_end_in_a_sentence(call, folder, options, words):
