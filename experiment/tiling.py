@@ -11,7 +11,8 @@ from experiment.command_line import autocast
 from experiment.cuda_graphs import ReplayedModel
 
 TILE, OVERLAP = 128, 16  # pixels; best and fastest in the table of `benchmark.py --rows tiles`
-PROBE = 1024  # side of the largest part whose noise is estimated, pixels
+PROBE, BLOCK = 1024, 64  # sides of the largest part whose noise is estimated and of its blocks
+MOST_CLIPPED = 0.01  # part of a block's values
 
 
 def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=1.0):
@@ -120,13 +121,23 @@ def middle(image):
 
 
 def estimate_noise(image):
-    """σ of the noise in the middle of [h, w, C], from wavelets, in [0, 1]; 0 for tiny images."""
+    """σ of the noise in the middle of [h, w, C], from wavelets, in [0, 1]; 0 for tiny images.
+
+    It is the tenth percentile over blocks, since texture looks like noise. Blocks with values at
+    either end of the range do not count, if there are others: what is clipped has no noise.
+    """
     part = middle(image)
     if min(part.shape[:2]) < 16:
         return 0.0
     scale = 1 if part.dtype == np.float32 else np.iinfo(part.dtype).max
     part = part / np.float32(scale)
-    return float(estimate_sigma(part, channel_axis=2, average_sigmas=True))
+    tops, lefts = (range(0, max(1, size - BLOCK + 1), BLOCK) for size in part.shape[:2])
+    blocks = [part[top : top + BLOCK, left : left + BLOCK] for top in tops for left in lefts]
+    clipped = [((block <= 0) | (block >= 1)).mean() for block in blocks]
+    most = max(MOST_CLIPPED, min(clipped))
+    chosen = [block for block, share in zip(blocks, clipped, strict=True) if share <= most]
+    sigmas = [estimate_sigma(block, channel_axis=2, average_sigmas=True) for block in chosen]
+    return float(np.quantile(sigmas, 0.1))
 
 
 def as_stored(values, dtype):

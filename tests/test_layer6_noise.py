@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 
 from experiment.degradations import DRAWS, noise_text
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
+from experiment.tiling import estimate_noise
 
 LOW, HIGH = 0.05, 0.4
 any_map = pytest.mark.parametrize("noise_map", DRAWS)
@@ -267,3 +269,28 @@ def test_lossless_share_is_kept(photos):
         labels = torch.cat([labels for _, _, labels in batches])
         assert len(labels) == 1000
         assert labels.double().mean().item() == lossless_share
+
+
+# Its estimate --------------------------------------------------------------------------------
+
+
+def test_texture_is_not_taken_for_noise():
+    """A coat and a lawn: wavelets alone see σ = 4 of 255."""
+    photograph = skimage.data.camera()[300:492, 100:292, None]
+    assert estimate_noise(photograph) < 1.5 / 255
+    grainy = photograph / np.float32(255)
+    grainy += 0.1 * np.random.default_rng(0).standard_normal(grainy.shape, dtype=np.float32)
+    assert estimate_noise(grainy) == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_clipped_parts_do_not_hide_the_noise(channels):
+    """Nor is there any in an image that is clipped everywhere."""
+    image = np.full((256, 256, channels), 100, np.uint8)
+    noise = np.random.default_rng(0).normal(0, 20, image.shape)
+    image = np.clip(image + noise, 0, 255).round().astype(np.uint8)
+    image[:150] = 255
+    assert estimate_noise(image) == pytest.approx(20 / 255, rel=0.1)
+    assert estimate_noise(image[:128]) < 1e-6
+    assert estimate_noise(image[:15]) == 0
+    assert estimate_noise(image[240:]) == pytest.approx(20 / 255, rel=0.15)
