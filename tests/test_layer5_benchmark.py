@@ -3,6 +3,8 @@
 import concurrent.futures
 import json
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import benchmark
+import denoising_experiment_proper as experiment
 import larger_images
 from conftest import assert_refused
 from experiment import timing
@@ -70,6 +73,7 @@ def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch, anoth
     assert all(row["seconds"] > 0 for row in results["photograph"])
     assert [(row["tile"], row["overlap"]) for row in results["tiles"]] == [(32, 16)]
     assert results["machine"]["dtype"] == "bfloat16"
+    assert "training" not in results  # which takes minutes, and has to be asked for
 
 
 @pytest.mark.parametrize(("sizes", "limit"), [((8, 2**20), "matrix"), ((512, 8), "memory")])
@@ -87,6 +91,46 @@ def test_the_limit_is_the_one_that_binds(few, vit, capsys, monkeypatch, sizes, l
     one = {"matrix": 2 * sizes[0] ** 3, "memory": 2 * 4 * sizes[1]}
     assert row["part_of_limit"] == pytest.approx(work[limit] / one[limit])
     assert f"% ({limit}) |" in capsys.readouterr().out
+
+
+@pytest.fixture
+def train_in_benchmark(folder, call, monkeypatch):
+    """function(*options): the row of the training, two epochs on 16 images."""
+    for name, changes in (("quick", {"steps": 6, "lr": 0.5}), ("published", {})):
+        recipe = replace(experiment.RECIPES[name], batch_size=4, **changes)
+        monkeypatch.setitem(experiment.RECIPES, name, recipe)
+    monkeypatch.setattr(benchmark, "QUICK", benchmark.Effort(1, 0, 4, 3, (), (), 1, 1))
+    monkeypatch.setattr(benchmark, "Effort", partial(benchmark.Effort, 1, 0, 4, 3, (), (), 6, 1))
+
+    def run(*options):
+        rows = ("--rows", benchmark.TRAINING)
+        process = call(benchmark, "--dataset", folder, "--lossless-share", 0.5, *rows, *options)
+        assert process.returncode == 0, process.stderr
+        results = json.loads(Path("benchmark_results.json").read_text())
+        assert not results["rows"]
+        return results["training"], process.stdout
+
+    return run
+
+
+def test_the_training_is_that_of_the_training_script(train_in_benchmark, folder, call, monkeypatch):
+    monkeypatch.setattr(experiment, "write_figure", lambda *_, **__: None)
+    row, printed = train_in_benchmark()
+    call(experiment, "--dataset", folder, "--lossless-share", 0.5, "--recipe", "quick")
+    checkpoint = torch.load("best_denoising_model_proper.pt", weights_only=True)
+    assert checkpoint["recipe"]["steps"] == row["steps"] == 6
+    assert checkpoint["epoch"] == 1  # the best one is not the last
+    assert row["psnr"] == checkpoint["test"]["psnr_mean"] < 25.12
+    assert row["straightforward_steps"] == 30 * 4  # epochs of four batches
+    straightforward = 120 * row["straightforward_step_seconds"]
+    assert row["times_faster"] == pytest.approx(straightforward / row["seconds"])
+    assert row["passed"] is False and "| no |" in printed
+
+
+def test_a_training_cut_short_gives_no_verdict(train_in_benchmark):
+    row, printed = train_in_benchmark("--quick")
+    assert row["steps"] == 1 and "| no verdict: cut short |" in printed
+    assert row.keys().isdisjoint({"passed", "times_faster"})
 
 
 def test_benchmark_says_when_its_measuring_process_was_ended(folder, call, monkeypatch):
