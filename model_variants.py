@@ -1,4 +1,4 @@
-"""What the study compares the model with: other routers, other budgets, conventional denoisers."""
+"""What study and benchmark compare the model with: other routers, budgets, layers and denoisers."""
 
 import copy
 import functools
@@ -12,6 +12,7 @@ from torch import nn
 
 from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter
 from conv_stages import in_fastest_layout
+from experiment.reference import straightforward_moe
 from small_vit import MODELS, SmallViT, reflected, zero_
 
 ALL_KEYS = 2**30  # of a budget that no image reaches
@@ -329,3 +330,47 @@ VARIANTS |= {
     f"photographs, capacity, by {name}": vit("photographs", CHOICES[name], capacity=0.25)
     for name in ("router", "pattern")
 }
+
+# Yardsticks of the benchmark -----------------------------------------------------------------
+
+
+class DenseAttention(nn.Module):
+    """Ordinary multi-head attention in the place of AdaptiveAttentionMoE."""
+
+    def __init__(self, d_model=128, num_heads=4):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.merge = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        """[B, N, D] -> [B, N, D] and the routing to the only expert, [B, N, 1]."""
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return self.merge(attended), x.new_ones(*x.shape[:2], 1)
+
+
+def straightforward():
+    """The published model, whose attention gathers the selected values."""
+    model = SmallViT()
+    for block in model.blocks:
+        block.attention.forward = partial(straightforward_moe, block.attention)
+    return model
+
+
+YARDSTICKS = {
+    "this": vit(),
+    "straightforward": straightforward,
+    "dense": lambda: with_attention(SmallViT(), DenseAttention),
+    "refined": vit("refined"),
+    "routed": vit("routed"),
+}
+
+
+def make_yardsticks(device, names=tuple(YARDSTICKS)):
+    """{name: SmallViT on the device, of weights that its name decides}."""
+    made = {}
+    for name in names:
+        torch.manual_seed(0)
+        made[name] = YARDSTICKS[name]().to(device)
+    return made

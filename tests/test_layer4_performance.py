@@ -10,7 +10,7 @@ from conftest import Recorder
 from experiment.evaluation import evaluate
 from experiment.noisy_images import NoisyImageDataset
 from experiment.reference import straightforward_moe
-from experiment.timing import count_flops
+from experiment.timing import count_bytes, count_flops
 from model_variants import OneOfExperts
 from small_vit import SmallViT
 from topk_attention import TIES, topk_attention
@@ -101,6 +101,17 @@ def test_top_k_saves_no_matrix_product(seeded):
     x = torch.randn(2, 64, 128)
     flops = {count_flops(AdaptiveAttentionMoE(k_attend=(k,) * 3), x) for k in (1, 8, 63, 64)}
     assert len(flops) == 1
+
+
+def test_bytes_are_those_that_operators_are_given_and_return():
+    images, weight, bias = torch.rand(2, 3, 4), torch.rand(4, 5), torch.rand(5)
+
+    def function():
+        product = images @ weight  # [6, 4] @ [4, 5] -> [6, 5]: 24 + 20 + 30 values
+        product += bias.expand(2, 3, 5)  # read 30 + 5, write 30
+        product.view(30).double()  # 30 values of 4 bytes, 30 of 8
+
+    assert count_bytes(function) == 4 * (74 + 65 + 30) + 8 * 30
 
 
 @pytest.mark.parametrize("tokens", [64, 256])

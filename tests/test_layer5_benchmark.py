@@ -3,13 +3,21 @@
 import concurrent.futures
 import json
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 import benchmark
+import benchmark_large
+import denoising_experiment_proper as experiment
 from conftest import assert_refused
 from experiment import timing
+from experiment.timing import count_bytes, count_flops
+from model_variants import make_yardsticks
 
 
 class Inline:
@@ -30,35 +38,99 @@ class Inline:
         return job
 
 
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch):
+    monkeypatch.setattr(timing, "LARGE", {"cpu": (64, 2**10)})
+
+
 def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch, another_process):
     class Elsewhere(Inline):
-        def submit(self, function, name, *arguments):
+        def submit(self, function, runs, arguments, *more):
             # in a process of its own, where its memory can be seen
-            pool = another_process if name == "straightforward" else super()
-            return pool.submit(function, name, *arguments)
+            pool = another_process if arguments[0] == "straightforward" else super()
+            return pool.submit(function, runs, arguments, *more)
 
     monkeypatch.setattr(timing, "ProcessPoolExecutor", Elsewhere)
-    photograph = benchmark.noisy_photograph
-    monkeypatch.setattr(benchmark, "noisy_photograph", lambda name, *_: photograph(name, (48, 48)))
-    monkeypatch.setattr(benchmark, "TILES", ((32, 16),))
-    small = benchmark.Effort(1, 0, batch_size=4, evaluation_images=8, tokens=(64, 256))
+    photograph = benchmark_large.noisy_photograph
+    monkeypatch.setattr(
+        benchmark_large, "noisy_photograph", lambda name, *_: photograph(name, (48, 48))
+    )
+    small = benchmark.Effort(1, 0, 4, evaluation_images=8, tokens=(64, 256), tiles=((32, 16),))
     monkeypatch.setattr(benchmark, "QUICK", small)
     process = call(benchmark, "--dataset", folder, "--quick", "--dtype", "bfloat16")
     assert process.returncode == 0, process.stderr
     results = json.loads(Path("benchmark_results.json").read_text())
-    assert [row["row"] for row in results["rows"]] == list(benchmark.ROWS[:-3])
+    assert [row["row"] for row in results["rows"]] == list(benchmark.SIDE_BY_SIDE)
     assert [row["images"] for row in results["rows"]] == [4, 4, 4, 4, 16, 8]
     assert [row["tokens"] for row in results["tokens"]] == [64, 256]
     assert results["tokens"][1]["extra_bytes"]["straightforward"] > 0
-    variants = {"this", "straightforward", "dense"}
+    yardsticks = {"this", "straightforward", "dense"}
     for row in results["rows"][:4]:
-        assert row["seconds"].keys() == variants | {"refined", "routed"}
-        assert row["times_faster"] > 0 and 0 < row["part_of_rate"] < 2
-    assert all(row["seconds"].keys() == variants for row in results["tokens"])
-    assert [row["model"] for row in results["photograph"]] == list(benchmark.DENOISERS)
+        assert row["seconds"].keys() == yardsticks | {"refined", "routed"}
+        assert row["times_faster"] > 0 and row["part_of_limit"] > 0
+    assert all(row["seconds"].keys() == yardsticks for row in results["tokens"])
+    assert [row["model"] for row in results["photograph"]] == list(benchmark_large.DENOISERS)
     assert all(row["seconds"] > 0 for row in results["photograph"])
     assert [(row["tile"], row["overlap"]) for row in results["tiles"]] == [(32, 16)]
     assert results["machine"]["dtype"] == "bfloat16"
+    assert "training" not in results  # which takes minutes, and has to be asked for
+
+
+@pytest.mark.parametrize(("sizes", "limit"), [((8, 2**20), "matrix"), ((512, 8), "memory")])
+def test_the_limit_is_the_one_that_binds(few, vit, capsys, monkeypatch, sizes, limit):
+    """A row that takes as long as the matrix product and as long as the copy."""
+    monkeypatch.setattr(timing, "LARGE", {"cpu": sizes})
+    monkeypatch.setattr(benchmark, "alternate", lambda functions, *_: dict.fromkeys(functions, 0.1))
+    args = SimpleNamespace(seed=0, dtype="float32", compile=False)
+    effort = benchmark.Effort(batch_size=2)
+    row = benchmark.measure("layer forward", {"this": vit}, few[0], None, effort, args)
+    layer, tokens = vit.blocks[0].attention, torch.zeros(2, 64, 128)
+    with torch.inference_mode():
+        work = {"matrix": count_flops(layer, tokens), "memory": count_bytes(layer, tokens)}
+    assert row["limit"] == limit and row["work"] == work
+    one = {"matrix": 2 * sizes[0] ** 3, "memory": 2 * 4 * sizes[1]}
+    assert row["part_of_limit"] == pytest.approx(work[limit] / one[limit])
+    assert f"% ({limit}) |" in capsys.readouterr().out
+
+
+@pytest.fixture
+def train_in_benchmark(folder, call, monkeypatch):
+    """function(*options): the row of the training, two epochs on 16 images."""
+    for name, changes in (("quick", {"steps": 6, "lr": 0.5}), ("published", {})):
+        recipe = replace(experiment.RECIPES[name], batch_size=4, **changes)
+        monkeypatch.setitem(experiment.RECIPES, name, recipe)
+    monkeypatch.setattr(benchmark, "QUICK", benchmark.Effort(1, 0, 4, 3, (), (), 1, 1))
+    monkeypatch.setattr(benchmark, "Effort", partial(benchmark.Effort, 1, 0, 4, 3, (), (), 6, 1))
+
+    def run(*options):
+        rows = ("--rows", benchmark.TRAINING)
+        process = call(benchmark, "--dataset", folder, "--lossless-share", 0.5, *rows, *options)
+        assert process.returncode == 0, process.stderr
+        results = json.loads(Path("benchmark_results.json").read_text())
+        assert not results["rows"]
+        return results["training"], process.stdout
+
+    return run
+
+
+def test_the_training_is_that_of_the_training_script(train_in_benchmark, folder, call, monkeypatch):
+    monkeypatch.setattr(experiment, "write_figure", lambda *_, **__: None)
+    row, printed = train_in_benchmark()
+    call(experiment, "--dataset", folder, "--lossless-share", 0.5, "--recipe", "quick")
+    checkpoint = torch.load("best_denoising_model_proper.pt", weights_only=True)
+    assert checkpoint["recipe"]["steps"] == row["steps"] == 6
+    assert checkpoint["epoch"] == 1  # the best one is not the last
+    assert row["psnr"] == checkpoint["test"]["psnr_mean"] < 25.12
+    assert row["straightforward_steps"] == 30 * 4  # epochs of four batches
+    straightforward = 120 * row["straightforward_step_seconds"]
+    assert row["times_faster"] == pytest.approx(straightforward / row["seconds"])
+    assert row["passed"] is False and "| no |" in printed
+
+
+def test_a_training_cut_short_gives_no_verdict(train_in_benchmark):
+    row, printed = train_in_benchmark("--quick")
+    assert row["steps"] == 1 and "| no verdict: cut short |" in printed
+    assert row.keys().isdisjoint({"passed", "times_faster"})
 
 
 def test_benchmark_says_when_its_measuring_process_was_ended(folder, call, monkeypatch):
@@ -76,15 +148,15 @@ def test_benchmark_says_when_its_measuring_process_was_ended(folder, call, monke
 
 def test_benchmark_lengthens_sequences_with_real_patches(vit):
     images = torch.rand(5, 3, 32, 32)
-    whole = benchmark.mosaic(images, 1024)
+    whole = benchmark_large.mosaic(images, 1024)
     assert whole.shape == (1, 3, 128, 128)
     assert torch.equal(whole[0, :, 32:64, 64:96], images[6 % 5])
-    assert benchmark.tokens_of(vit, whole).shape == (1, 1024, 128)
+    assert benchmark_large.tokens_of(vit, whole).shape == (1, 1024, 128)
 
 
 def test_benchmark_compares_the_same_function():
     """The yardstick computes what the timed model computes."""
-    variants = benchmark.make_variants(torch.device("cpu"), ("this", "straightforward"))
+    variants = make_yardsticks(torch.device("cpu"), ("this", "straightforward"))
     generator, outputs = torch.Generator().manual_seed(0), []
     tokens = torch.randn(2, 64, 128, generator=generator)
     for model in variants.values():
