@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
+from experiment.checkpoints import read_checkpoint
 from experiment.command_line import add_output, make_parser
 from experiment.evaluation import (
     evaluate,
@@ -24,8 +25,8 @@ from experiment.evaluation import (
     ssim,
 )
 from experiment.run_files import check_picture, check_writable, csv_text, write_figure, write_text
-from experiment.user_errors import run_main
-from small_vit import at_each, load_for_evaluation
+from experiment.user_errors import UserError, run_main
+from small_vit import at_each, build_model, load_for_evaluation
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
 PERCENTILES = (5, 23, 41, 59, 77, 95)
@@ -145,18 +146,24 @@ def decision_table(model, dataset):
     return "\n".join(rows)
 
 
-def draw_images(model, dataset, indices, title):
+def draw_images(models, dataset, indices, title):
     """Figure: a row per image; noisy, denoised and true, of photographs a detail of each as well,
     then each block's expert weights where there are several experts.
 
     Args:
-        model: SmallViT in evaluation mode.
+        models: {path of its checkpoint: SmallViT in evaluation mode}; the weights are those of the
+            first.
         dataset: NoisyImageDataset.
         indices: images to draw, one for each of PERCENTILES.
         title: of the figure.
     """
+    model, *others = models.values()
     shown = [dataset[i][:2] for i in indices]
     restored, maps = zip(*(restore(model, noisy) for noisy, _ in shown), strict=True)
+    restored = [
+        [image, *(restore(other, noisy)[0] for other in others)]
+        for image, (noisy, _) in zip(restored, shown, strict=True)
+    ]
     blocks, experts = maps[0].shape[:2] if maps[0].shape[1] > 1 else (0, 0)
     most = max((m - 1 / m.shape[1]).abs().max().item() for m in maps)  # white is an even split
     colours = {
@@ -170,8 +177,13 @@ def draw_images(model, dataset, indices, title):
         columns = [f"{100 * budget:g} % attend" for budget in SHOWN_BUDGETS]
 
     damage = dataset.degradation
-    names = [f"{name}{part}" for part in ("", ", detail") for name in NAMES[damage.task]]
-    names = names if dataset.whole else names[:3]
+    before, after, truth = NAMES[damage.task]
+    names = [
+        before,
+        *([after] if not others else [f"{after}:\n{Path(path).stem}" for path in models]),
+        truth,
+    ]
+    names += [f"{name}, detail" for name in names] if dataset.whole else []
     differs = damage.task == "denoise" and damage.noise_map != "uniform"
     sigmas = [dataset.sigma(i) / damage.noise_range[1] for i in indices] if differs else []
     names += ["σ of the noise"] if sigmas else []
@@ -184,14 +196,14 @@ def draw_images(model, dataset, indices, title):
         layout="constrained",
         squeeze=False,
     )
-    for row, ((noisy, clean), image) in enumerate(zip(shown, restored, strict=True)):
-        panels = [noisy[:3].clamp(0, 1), image, clean]
+    for row, ((noisy, clean), images) in enumerate(zip(shown, restored, strict=True)):
+        panels = [noisy[:3].clamp(0, 1), *images, clean]
         part = detail(clean) if dataset.whole else ()
         panels += [panel[part] for panel in panels] if part else []
         panels += [sigmas[row]] if sigmas else []
         for axis, panel in zip(axes[row], panels, strict=False):
             axis.imshow(panel.permute(1, 2, 0).numpy(), interpolation="nearest")
-        for axis, x in zip(axes[row], (noisy, image), strict=False):
+        for axis, x in zip(axes[row], (noisy, *images), strict=False):
             pair = x[:3].numpy(), clean.numpy()
             axis.set_xlabel(f"{psnr(*pair):.2f} dB, SSIM {ssim(*pair):.3f}")
         axes[row, 0].set_ylabel(f"percentile {PERCENTILES[row]}")
@@ -215,12 +227,35 @@ def draw_images(model, dataset, indices, title):
     return figure
 
 
+def others_for(dataset, paths):
+    """{path: SmallViT on the CPU} of checkpoints for the task of a data set.
+
+    Raises:
+        UserError: one cannot be read, or is for another task.
+    """
+    models = {}
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        task = checkpoint["recipe"].get("task", "denoise")
+        if task != dataset.degradation.task:
+            raise UserError(f"--beside {path}: it was trained for {task}; name others")
+        models[path] = build_model(checkpoint, path)
+    return models
+
+
 def main():
     parser = make_parser(
         "Tests a checkpoint on the whole test set; draws six images from the worst to the best "
         "decile with the router's decisions; writes a CSV with every image's figures beside it.",
         "python visualize_proper_results.py --checkpoint photos.pt --output photos.png",
         *("checkpoint", "dataset", "data-dir", "noise-level", "device", "threads"),
+    )
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="models for the same task, drawn beside it on the same images (default: none)",
     )
     add_output(
         parser, "denoising_visualization_proper.png", "picture to write, in place of an earlier one"
@@ -231,6 +266,7 @@ def main():
     check_picture(output)
     check_writable(table)
     _, model, source, (*_, test_set) = load_for_evaluation(args)
+    models = {args.checkpoint: model} | others_for(test_set, args.beside)
     result = evaluate(model, test_set)
 
     rows = [
@@ -249,7 +285,7 @@ def main():
     write_text(csv_text(rows), table)
     line = result_line(result.psnr, result.ssim, source.name)
     title = f"Worst to best of {len(test_set):,} test images, {test_set.degradation}\n{line}"
-    write_figure(draw_images(model, test_set, rank_images(result.psnr), title), output)
+    write_figure(draw_images(models, test_set, rank_images(result.psnr), title), output)
     print(summary_table(result))
     if model.capacity:
         print(f"\n{100 * model.capacity:g} % of the tokens attend")

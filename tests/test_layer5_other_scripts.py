@@ -19,9 +19,10 @@ import visualize_training_data
 from conftest import SHORT, read_csv, run_here
 from experiment.checkpoints import write_checkpoint
 from experiment.degradations import DRAWS, noise_text
+from experiment.evaluation import psnr
 from experiment.image_sources import load_images
 from experiment.noisy_images import NoisyImageDataset
-from small_vit import MODELS, SmallViT
+from small_vit import MODELS, SmallViT, load_model
 
 # Pictures ------------------------------------------------------------------------------------
 
@@ -57,6 +58,24 @@ def test_visualization_shows_and_tells_the_whole_test_set(trained, call, monkeyp
     assert [float(level) for level, *_ in rows] == [0.1, 0.2]
     assert float(rows[1][2]) == pytest.approx(test["psnr_mean"], abs=0.006)
     assert float(rows[0][1]) > float(rows[1][1]) + 4  # half the noise
+
+
+@pytest.mark.usefixtures("small_picture")
+def test_other_models_are_drawn_beside(trained, photos):
+    """Each under its name with its own figures."""
+    test_set = NoisyImageDataset(photos.test[::40], stream=2)
+    models = {"a/m.pt": load_model(trained.path / "model.pt"), "b/m.pt": SmallViT().eval()}
+    figure = visualize_proper_results.draw_images(models, test_set, [0, 1], "title")
+    columns = figure.axes[:4]
+    titles = [axis.get_title() for axis in columns]
+    assert titles == ["noisy", "denoised:\nm", "denoised:\nm", "ground truth"]
+    noisy, clean, _ = test_set[0]
+    for axis, model in zip(columns[1:3], models.values(), strict=True):
+        restored = model.denoise(noisy[None])[0]
+        assert axis.get_xlabel().startswith(f"{psnr(restored.numpy(), clean.numpy()):.2f} dB")
+        shown = axis.images[0].get_array()
+        assert np.allclose(shown, restored.permute(1, 2, 0).numpy(), atol=1e-6)
+    plt.close(figure)
 
 
 def test_drawn_images_go_from_worst_to_best():

@@ -14,6 +14,7 @@ import denoise_image
 import denoising_experiment_proper as experiment
 import visualize_proper_results
 from conftest import SHORT, assert_refused, run_here, same_weights
+from experiment.checkpoints import write_checkpoint
 from experiment.degradations import Compression, GaussianNoise, Holes, SuperResolution
 from experiment.evaluation import evaluate
 from experiment.image_sources import Split
@@ -197,11 +198,14 @@ def test_every_script_knows_the_task_of_a_model(restorer, call):
     assert process.stdout.splitlines()[-1].startswith("PSNR ")
 
 
-def test_a_task_is_not_another(restorer, call):
+def test_a_task_is_not_another(restorer, trained, call):
     task, path = restorer
+    write_checkpoint(trained.checkpoint, "of_noise.pt")
     for script in (visualize_proper_results, compare_baselines):
         process = call(script, "--checkpoint", path, "--noise-level", 0.1)
         assert_refused(process, "--noise-level", TASKS[task])
+    process = call(visualize_proper_results, "--checkpoint", path, "--beside", "of_noise.pt")
+    assert_refused(process, "--beside of_noise.pt", "denoise")
     process = call(compare_baselines, "--checkpoint", path, "--unclipped")
     assert_refused(process, "--unclipped is for noise")
     checkpoint = torch.load(path, weights_only=True)
