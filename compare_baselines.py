@@ -93,7 +93,7 @@ def other_baselines(test_set):
         best = best_of(smooth, strengths, test_set)[0]
         return {"JPEG": lambda x, _: x, "total variation": lambda x, _: smooth(x, best)}
     return {
-        "holes": lambda x, _: x[:3],
+        "pull-push": lambda x, _: x[:3],
         "Telea": lambda x, _: telea(x),
         "biharmonic": lambda x, _: biharmonic(x),
     }

@@ -197,14 +197,15 @@ def draw_images(models, dataset, indices, title):
         squeeze=False,
     )
     for row, ((noisy, clean), images) in enumerate(zip(shown, restored, strict=True)):
-        panels = [noisy[:3].clamp(0, 1), *images, clean]
+        damaged = noisy[:3] * noisy[3:].prod(0)  # black where pixels are unknown
+        panels = [damaged.clamp(0, 1), *images, clean]
         part = detail(clean) if dataset.whole else ()
         panels += [panel[part] for panel in panels] if part else []
         panels += [sigmas[row]] if sigmas else []
         for axis, panel in zip(axes[row], panels, strict=False):
             axis.imshow(panel.permute(1, 2, 0).numpy(), interpolation="nearest")
-        for axis, x in zip(axes[row], (noisy, *images), strict=False):
-            pair = x[:3].numpy(), clean.numpy()
+        for axis, x in zip(axes[row], (damaged, *images), strict=False):
+            pair = x.numpy(), clean.numpy()
             axis.set_xlabel(f"{psnr(*pair):.2f} dB, SSIM {ssim(*pair):.3f}")
         axes[row, 0].set_ylabel(f"percentile {PERCENTILES[row]}")
         for axis, weights in zip(axes[row, len(names) :], maps[row].flatten(0, 1), strict=False):

@@ -9,6 +9,7 @@ numbers, same images.
 import io
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -109,7 +110,7 @@ class SuperResolution:
 
 @dataclass(frozen=True)
 class Holes:
-    """Rectangles and strokes are unknown: zero, and marked by a zero in a fourth channel.
+    """Rectangles and strokes are unknown: filled by `pull_push`, marked by 0 in a fourth channel.
 
     Raises:
         ValueError: the shares do not ascend, or leave nothing known or nothing to restore.
@@ -134,7 +135,7 @@ class Holes:
         size = clean.shape[2:]
         masks = [draw_mask(size, self.shares, u) for u in numbers.flatten().tolist()]
         known = torch.from_numpy(np.stack(masks)).to(clean).unsqueeze(1)  # [n, 1, h, w]
-        return torch.cat([clean * known, known], 1), 1 - known
+        return torch.cat([pull_push(clean, known), known], 1), 1 - known
 
 
 MOST_HOLES = 0.9  # share of the pixels; where all are unknown there is nothing to go by
@@ -171,6 +172,28 @@ class Compression:
             Image.fromarray(image).save(file, "JPEG", quality=low + int(number * (high - low + 1)))
             image[:] = Image.open(file)
         return torch.from_numpy(images).to(clean).permute(0, 3, 1, 2) / 255, clean.new_zeros(1)
+
+
+def pull_push(image, known):
+    """Fills what is unknown with the mean of what is known around it, from near or from far.
+
+    From resolution to resolution, downwards the mean of known pixels and upwards by interpolation
+    ("The Lumigraph", Gortler et al. 1996). A model that starts from this need not learn it first.
+
+    Args:
+        image: [n, 3, h, w]; what it has at unknown pixels does not matter.
+        known: 1 where it is known, else 0, [n, 1, h, w].
+
+    Returns:
+        [n, 3, h, w]; 0 where nothing is known at all.
+    """
+    size = image.shape[2:]
+    if max(size) == 1:
+        return image * known
+    pool = partial(F.avg_pool2d, kernel_size=2, ceil_mode=True)
+    weight = pool(known)
+    coarse = pull_push(pool(image * known) / weight.clamp_min(1e-6), (weight > 0).to(image))
+    return torch.where(known > 0, image, F.interpolate(coarse, size, mode="bilinear"))
 
 
 def draw_mask(size, shares, number):
