@@ -56,7 +56,7 @@ def read_photo(path):
         with image:
             lossless, profile = stored_lossless(image, file), image.info.get("icc_profile")
             deep = is_deep(image, file)
-            array = deep_pixels(file) if deep else plain_pixels(image)
+            array = (deep_pixels if deep else plain_pixels)(image, file)
             # Asked now, since Pillow turns TIFFs itself when it reads them, as OpenCV does.
             orientation = image.getexif().get(ORIENTATION, 1)
             orientation = 1 if deep and image.format == "TIFF" else orientation
@@ -126,8 +126,8 @@ def is_deep(image, file):
     return bits == {16}
 
 
-def deep_pixels(file):
-    """uint16 [h, w, C] of a PNG or TIFF."""
+def deep_pixels(image, file):
+    """uint16 [h, w, C] of a PNG or TIFF opened by Pillow."""
     import cv2  # needed here alone
 
     file.seek(0)
@@ -135,21 +135,29 @@ def deep_pixels(file):
     array = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype != np.uint16:
         raise ValueError("an image of 16 bits that is damaged, or of an unknown layout")
-    if array.ndim == 2:
-        return array[:, :, None]
-    array = array[:, :, [2, 1, 0, 3][: array.shape[2]]]  # OpenCV has blue first
+    array = array.reshape(*array.shape[:2], -1)
+    if array.shape[2] > 1:
+        array = array[:, :, [2, 1, 0, 3][: array.shape[2]]]  # OpenCV has blue first
     if bytes(content[1:4]) == b"PNG" and content[25] == 4:  # grey with alpha
         array = array[:, :, [0, 3]]
+    clear = image.info.get("transparency")  # one colour of a PNG; OpenCV passes over a grey one
+    if clear is not None:
+        opaque = (array[:, :, :3] != clear).any(2, keepdims=True)
+        array = np.concatenate([array[:, :, :3], opaque * np.uint16(65535)], axis=2)
     return array
 
 
-def plain_pixels(image):
+def plain_pixels(image, file):
     """uint8 [h, w, C] of an image opened by Pillow, or uint16 where it is grey of 16 bits."""
     # Pillow has 16 bits in one of these modes, depending on its release.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return np.asarray(image).astype(np.uint16)[:, :, None]
     if image.mode in ("I", "F"):
         raise ValueError("32 bits per value, of a range that the file does not tell")
+    if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
+        file.seek(24)  # 2 or 4 bits, which Pillow stretches to 8, but not the clear value of them
+        most = 2 ** file.read(1)[0] - 1
+        image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
     if image.mode in GREY_MODES:
         array = np.asarray(image.convert("LA" if image.has_transparency_data else "L"))
     else:

@@ -15,7 +15,7 @@ import debug_test_data
 from conftest import write_images
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
-from experiment.photo_files import read_rgb
+from experiment.photo_files import read_photo, read_rgb
 
 # Sources -------------------------------------------------------------------------------------
 
@@ -136,6 +136,29 @@ def test_transparency_is_laid_over_white(tmp_path, mode):
     assert (read_rgb(tmp_path / "clear.png")[0] == 255).all()
 
 
+def png_chunk(kind, content):
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
+@pytest.mark.parametrize(
+    ("colours", "bits"), [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (3, 8), (3, 16)]
+)
+def test_the_one_clear_colour_of_a_png_is_its_alpha(tmp_path, colours, bits):
+    values = np.tile([0, 1], 16).repeat(colours)  # of 32 pixels, black ones and clear ones
+    row = np.packbits(values[:, None] >> np.arange(bits)[::-1] & 1).tobytes()
+    header = struct.pack(">IIBBBBB", 32, 32, bits, colours - 1, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">H", 1) * colours)]
+    chunks += [(b"IDAT", zlib.compress(32 * (b"\0" + row))), (b"IEND", b"")]
+    path = tmp_path / "clear.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
+    photo, most = read_photo(path), 65535 if bits == 16 else 255
+    assert photo.pixels.shape == (32, 32, colours) and photo.pixels.max() == most // (2**bits - 1)
+    assert (photo.alpha[:, ::2] == most).all() and not photo.alpha[:, 1::2].any()
+    image, _ = read_rgb(path)
+    assert not image[:, ::2].any() and (image[:, 1::2] == 255).all()
+
+
 def test_sixteen_bits_keep_their_brightness(tmp_path):
     values = np.array([0, 200, 256 * 200, 257 * 77, 65534, 65535], dtype=np.uint16)
     deep = Image.fromarray(np.tile(values, (32, 6)))
@@ -243,9 +266,8 @@ def test_one_bad_file_does_not_end_a_run(folder, call, monkeypatch, name):
         monkeypatch.setattr(started, lambda *_, **__: pytest.fail("starts Ghostscript"))
         path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
     elif name == "bomb.png":
-        header = b"\x00\x00\x00\rIHDR" + struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)
-        checksum = struct.pack(">I", zlib.crc32(header[4:]))
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + checksum)
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header)
     elif name == "exif.png":
         Image.new("RGB", (32, 32)).save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     else:
