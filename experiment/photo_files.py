@@ -90,7 +90,10 @@ def read_rgb(path):
 
 
 def stored_lossless(image, file):
-    """Whether an opened image's file stores its pixels without loss; its name does not tell."""
+    """Whether an opened image's file stores its pixels without loss; its name does not tell.
+
+    JPEG 2000 counts as lossy: also of what its reversible wavelet made, a part can be left out.
+    """
     if image.format == "TIFF":
         return image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
     if image.format == "WEBP":
