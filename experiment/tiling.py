@@ -1,6 +1,7 @@
 """Denoising an image of any size in overlapping tiles: memory grows with a tile, not the image."""
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -120,13 +121,15 @@ def middle(image):
 
 
 def estimate_noise(image):
-    """σ of the noise in the middle of [h, w, C], from wavelets, in [0, 1]; 0 for tiny images."""
+    """σ of the noise in the middle of [h, w, C], from wavelets, in [0, 1]; 0 where it is tiny."""
     part = middle(image)
     if min(part.shape[:2]) < 16:
         return 0.0
     scale = 1 if part.dtype == np.float32 else np.iinfo(part.dtype).max
     part = part / np.float32(scale)
-    return float(estimate_sigma(part, channel_axis=2, average_sigmas=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a colour that is the same everywhere
+        return float(np.nan_to_num(estimate_sigma(part, channel_axis=2)).mean())
 
 
 def as_stored(values, dtype):

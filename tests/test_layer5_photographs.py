@@ -201,6 +201,7 @@ def test_an_identity_leaves_every_image_as_it_is(shape, dtype):
     restored = denoise(Blur(0), image, tile=64, overlap=16)
     assert restored.dtype == dtype and restored.shape == shape
     assert np.allclose(restored, image, atol=1e-6 if dtype == np.float32 else 0)
+    assert not denoise(Blur(0), np.zeros_like(image)).any()  # of which no noise can be estimated
 
 
 def test_tiles_make_no_seam():
