@@ -47,7 +47,7 @@ def read_photo(path):
     Image.init()
     formats = [kind for kind in FORMATS if kind in Image.OPEN]  # not every Pillow has all
     with warnings.catch_warnings(), open(path, "rb") as file:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many are refused
+        warnings.simplefilter("ignore")  # of damaged EXIF, and of a size twice which is refused
         # As a file, since by name Pillow reads some turned TIFFs as stripes.
         try:
             image = Image.open(file, formats=formats)
@@ -121,7 +121,8 @@ def is_deep(image, file):
     bits, photometric, planar, signed = (image.tag_v2.get(tag) for tag in (258, 262, 284, 339))
     bits = set(bits) if isinstance(bits, tuple) else {bits or 1}
     if not bits <= {1, 2, 4, 8, 16, 32}:
-        raise ValueError(f"TIFF of {', '.join(map(str, sorted(bits)))} bits; save it with 8 or 16")
+        shown = ", ".join(map(str, sorted(bits)))  # of a damaged file, thousands
+        raise ValueError(f"TIFF of {shown:.60} bits; save it with 8 or 16")
     if 2 in (signed if isinstance(signed, tuple) else (signed,)):
         raise ValueError("TIFF of signed numbers, of a range that the file does not tell")
     if bits == {16} and (photometric == 0 or planar == 2):
@@ -134,6 +135,9 @@ def deep_pixels(image, file):
     import cv2  # needed here alone
 
     file.seek(0)
+    if image.format == "PNG":  # OpenCV reserves the gigabytes that a damaged chunk claims
+        Image.open(file, formats=["PNG"]).verify()
+        file.seek(0)
     content = np.frombuffer(file.read(), np.uint8)
     array = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype != np.uint16:
@@ -157,8 +161,8 @@ def plain_pixels(image, file):
         return np.asarray(image).astype(np.uint16)[:, :, None]
     if image.mode in ("I", "F"):
         raise ValueError("32 bits per value, of a range that the file does not tell")
-    if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
-        file.seek(24)  # 2 or 4 bits, which Pillow stretches to 8, but not the clear value of them
+    if image.format == "PNG" and image.mode in "1L" and "transparency" in image.info:
+        file.seek(24)  # less than 8 bits, to which Pillow stretches them, but not the clear value
         most = 2 ** file.read(1)[0] - 1
         image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
     if image.mode in GREY_MODES:
@@ -204,8 +208,8 @@ def write_photo(photo, path):
                 temporary.write_bytes(deep_png(array, profile))
             else:
                 raise ValueError(f"{suffix} has no 16 bits")
-        except (ValueError, KeyError, OSError) as error:
-            if getattr(error, "errno", None):  # of the disk
+        except Exception as error:  # encoders have their own for every kind of refusal
+            if getattr(error, "errno", None) or isinstance(error, MemoryError):  # errno: the disk's
                 raise
             raise UserError(f"cannot write {path}: {error}; name a .png file") from None
 

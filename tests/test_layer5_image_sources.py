@@ -4,6 +4,7 @@ import pickle
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -12,10 +13,12 @@ import torchvision
 from PIL import Image
 
 import debug_test_data
-from conftest import write_images
+import denoising_experiment_proper as experiment
+from conftest import assert_refused, write_images
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
-from experiment.photo_files import read_photo, read_rgb
+from experiment.photo_files import Photo, read_photo, read_rgb, write_photo
+from experiment.user_errors import UserError
 
 # Sources -------------------------------------------------------------------------------------
 
@@ -246,6 +249,22 @@ def test_no_part_of_a_folder_is_left_out_in_silence(folder, tmp_path, capsys):
     assert "gone.png" in capsys.readouterr().err
 
 
+def test_photographs_smaller_than_the_crop_are_named_and_skipped(call, tmp_path, capsys):
+    for split in ("train", "test"):
+        write_images(tmp_path / "images" / split, 2, size=(80, 70))
+        write_images(tmp_path / "images" / split / "small", 1, size=(80, 60))
+    source = load_images(tmp_path / "images", crop=64)
+    assert [len(split) for split in (source.train, source.val, source.test)] == [1, 1, 2]
+    assert "000.png (80×60 pixels, less than 64)" in capsys.readouterr().err
+    options = ("--dataset", "images", "--recipe", "photographs", "--crop", 128)
+    process = call(experiment, *options, "--output", "m.pt")
+    assert_refused(process, "at least 128×128", "skipped 3 of 3", "80×60")
+    process = call(experiment, "--dataset", "photos", "--recipe", "photographs", "--crop", 1000)
+    assert_refused(process, "--crop 1000", "only 512×512")
+    process = call(experiment, "--recipe", "photographs", "--data-dir", tmp_path)
+    assert_refused(process, "--crop 96", "CIFAR-10", "32×32")
+
+
 def test_unusable_files_are_named_and_skipped(folder, capsys):
     (folder / "train" / "a" / "notes.txt").write_text("not an image")
     (folder / "train" / "a" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
@@ -258,6 +277,25 @@ def test_unusable_files_are_named_and_skipped(folder, capsys):
         assert words in warning
 
 
+def test_memory_is_not_reserved_for_what_a_damaged_file_claims(tmp_path, monkeypatch):
+    """OpenCV would, also of 2 GB."""
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(path)
+    content = path.read_bytes()
+    end = content.index(b"IEND") - 4
+    path.write_bytes(content[:end] + struct.pack(">I", 2**31 - 1) + b"IDAT")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("is asked to"))
+    with pytest.raises(OSError, match="Truncated"):
+        read_rgb(path)
+
+
+def test_what_a_format_cannot_hold_is_one_sentence(tmp_path):
+    photo = Photo(np.zeros((1, 70_000, 3), np.uint8))  # encoders have exceptions of their own
+    with pytest.raises(UserError, match=r"cannot write .*wide.gif: .*; name a .png file"):
+        write_photo(photo, tmp_path / "wide.gif")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", ["program.png", "bomb.png", "exif.png", "line\nbreak.png"])
 def test_one_bad_file_does_not_end_a_run(folder, call, monkeypatch, name):
     path = folder / "train" / "a" / name
@@ -274,5 +312,7 @@ def test_one_bad_file_does_not_end_a_run(folder, call, monkeypatch, name):
         path.write_text("no image")
     process = call(debug_test_data, "--dataset", folder)
     assert "Traceback" not in process.stderr and process.returncode in (0, 1)
-    if name != "exif.png":
+    if name == "exif.png":
+        assert not process.stderr
+    else:
         assert process.stderr.count("\n") == 1 and "skipped 1 of 21" in process.stderr
