@@ -81,6 +81,7 @@ def test_bad_checkpoints_are_refused(trained, call, script, make, words):
         ({"model.position": torch.full((1, 64, 64), float("nan"))}, "model cannot be dict"),
         ({"model.position": torch.zeros(1, 64, 63)}, "another architecture"),
         ({"model.position": torch.zeros(1, 64, 64, dtype=torch.float64)}, "model cannot be dict"),
+        ({"model.position": torch.zeros(1).expand(1, 64, 64)}, "model cannot be dict"),
     ],
     ids=str,
 )
