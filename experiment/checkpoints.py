@@ -157,8 +157,8 @@ def trusted(checkpoint):
     parts = ("model", "optimizer", "best")
     if not plain({name: value for name, value in checkpoint.items() if name not in parts}):
         raise ValueError("neither a weight nor a plain value")
-    if "model" in checkpoint:  # without attributes, which torch would believe
-        checkpoint["model"] = dict(checkpoint["model"])
+    if "model" in checkpoint:  # without attributes and hooks, which torch would believe
+        checkpoint["model"] = {n: t.detach() for n, t in dict(checkpoint["model"]).items()}
     if "best" in checkpoint:
         trusted(checkpoint["best"])
     return checkpoint
@@ -289,7 +289,10 @@ def restore_optimizer(optimizer, moments, path):
         check_shapes(moments[index], expected, path)
     # With memory of their own, in the usual order, as a fused step takes it to be.
     moments = {
-        index: {name: t.clone(memory_format=torch.contiguous_format) for name, t in of_one.items()}
+        index: {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in of_one.items()
+        }
         for index, of_one in moments.items()
     }
     groups = optimizer.state_dict()["param_groups"]
