@@ -106,7 +106,10 @@ def draw_comparison(before, after, name):
 def denoise_file(path, output, model, args):
     """Denoises one file and prints its line."""
     started = time.perf_counter()
-    photo = read_photo(path)
+    try:
+        photo = read_photo(path)
+    except (MemoryError, RuntimeError) as error:  # the decoder's, which end no other file
+        raise ValueError(str(error) or "larger than the memory, or damaged") from None
     pixels = denoise(model, photo.pixels, args.tile, dtype=args.dtype, strength=args.strength)
     write_photo(replace(photo, pixels=pixels), output)
     seconds = time.perf_counter() - started

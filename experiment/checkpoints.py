@@ -34,10 +34,11 @@ def noise(value):
 
 
 def weights(value):
-    """A check: a state_dict of finite float32 tensors."""
+    """A check: a state_dict of finite float32 tensors, none larger than its memory."""
     return isinstance(value, dict) and all(
         isinstance(t, torch.Tensor)
         and (t.dtype, t.layout, t.device.type) == (torch.float32, torch.strided, "cpu")
+        and t.numel() * t.element_size() <= t.untyped_storage().nbytes()
         and bool(t.isfinite().all())
         for t in value.values()
     )
@@ -159,8 +160,8 @@ def trusted(checkpoint):
     parts = ("model", "optimizer", "best")
     if not plain({name: value for name, value in checkpoint.items() if name not in parts}):
         raise ValueError("neither a weight nor a plain value")
-    if "model" in checkpoint:  # without attributes, which torch would believe
-        checkpoint["model"] = dict(checkpoint["model"])
+    if "model" in checkpoint:  # without attributes and hooks, which torch would believe
+        checkpoint["model"] = {n: t.detach() for n, t in dict(checkpoint["model"]).items()}
     if "best" in checkpoint:
         trusted(checkpoint["best"])
     return checkpoint
@@ -184,7 +185,8 @@ def check_same_recipe(earlier, recipe, whose, advice):
     for name, value in recipe.items():
         before = earlier.get(name, EARLIER.get(name))
         if before != value:
-            raise UserError(f"{whose} {name} {before}, this one has {value}; {advice}")
+            shown = f"{name} {before!s:.80}, this one has {value!s:.80}"
+            raise UserError(f"{whose} {shown}; {advice}")
 
 
 def check_finite(row, best, files):
@@ -288,9 +290,12 @@ def restore_optimizer(optimizer, moments, path):
         raise UserError(f"{path} holds the state of another optimizer; {ADVICE}")
     for index, expected in shapes.items():
         check_shapes(moments[index], expected, path)
-    # With strides of their own: an expanded tensor has the shape, but not the memory.
+    # With memory of their own, in the usual order, as a fused step takes it to be.
     moments = {
-        index: {name: tensor.contiguous() for name, tensor in of_one.items()}
+        index: {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in of_one.items()
+        }
         for index, of_one in moments.items()
     }
     groups = optimizer.state_dict()["param_groups"]

@@ -47,7 +47,7 @@ def read_photo(path):
     Image.init()
     formats = [kind for kind in FORMATS if kind in Image.OPEN]  # not every Pillow has all
     with warnings.catch_warnings(), open(path, "rb") as file:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many are refused
+        warnings.simplefilter("ignore")  # of damaged EXIF, and of a size twice which is refused
         # As a file, since by name Pillow reads some turned TIFFs as stripes.
         try:
             image = Image.open(file, formats=formats)
@@ -56,7 +56,7 @@ def read_photo(path):
         with image:
             lossless, profile = stored_lossless(image, file), image.info.get("icc_profile")
             deep = is_deep(image, file)
-            array = deep_pixels(file) if deep else plain_pixels(image)
+            array = (deep_pixels if deep else plain_pixels)(image, file)
             # Asked now, since Pillow turns TIFFs itself when it reads them, as OpenCV does.
             orientation = image.getexif().get(ORIENTATION, 1)
             orientation = 1 if deep and image.format == "TIFF" else orientation
@@ -90,7 +90,10 @@ def read_rgb(path):
 
 
 def stored_lossless(image, file):
-    """Whether an opened image's file stores its pixels without loss; its name does not tell."""
+    """Whether an opened image's file stores its pixels without loss; its name does not tell.
+
+    JPEG 2000 counts as lossy: also of what its reversible wavelet made, a part can be left out.
+    """
     if image.format == "TIFF":
         return image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
     if image.format == "WEBP":
@@ -118,7 +121,8 @@ def is_deep(image, file):
     bits, photometric, planar, signed = (image.tag_v2.get(tag) for tag in (258, 262, 284, 339))
     bits = set(bits) if isinstance(bits, tuple) else {bits or 1}
     if not bits <= {1, 2, 4, 8, 16, 32}:
-        raise ValueError(f"TIFF of {', '.join(map(str, sorted(bits)))} bits; save it with 8 or 16")
+        shown = ", ".join(map(str, sorted(bits)))  # of a damaged file, thousands
+        raise ValueError(f"TIFF of {shown:.60} bits; save it with 8 or 16")
     if 2 in (signed if isinstance(signed, tuple) else (signed,)):
         raise ValueError("TIFF of signed numbers, of a range that the file does not tell")
     if bits == {16} and (photometric == 0 or planar == 2):
@@ -126,34 +130,45 @@ def is_deep(image, file):
     return bits == {16}
 
 
-def deep_pixels(file):
-    """uint16 [h, w, C] of a PNG or TIFF."""
+def deep_pixels(image, file):
+    """uint16 [h, w, C] of a PNG or TIFF opened by Pillow."""
     import cv2  # needed here alone
 
     file.seek(0)
+    if image.format == "PNG":  # OpenCV reserves the gigabytes that a damaged chunk claims
+        Image.open(file, formats=["PNG"]).verify()
+        file.seek(0)
     content = np.frombuffer(file.read(), np.uint8)
     array = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype != np.uint16:
         raise ValueError("an image of 16 bits that is damaged, or of an unknown layout")
-    if array.ndim == 2:
-        return array[:, :, None]
-    array = array[:, :, [2, 1, 0, 3][: array.shape[2]]]  # OpenCV has blue first
+    array = array.reshape(*array.shape[:2], -1)
+    if array.shape[2] > 1:
+        array = array[:, :, [2, 1, 0, 3][: array.shape[2]]]  # OpenCV has blue first
     if bytes(content[1:4]) == b"PNG" and content[25] == 4:  # grey with alpha
         array = array[:, :, [0, 3]]
+    clear = image.info.get("transparency")  # one colour of a PNG; OpenCV passes over a grey one
+    if clear is not None:
+        opaque = (array[:, :, :3] != clear).any(2, keepdims=True)
+        array = np.concatenate([array[:, :, :3], opaque * np.uint16(65535)], axis=2)
     return array
 
 
-def plain_pixels(image):
+def plain_pixels(image, file):
     """uint8 [h, w, C] of an image opened by Pillow, or uint16 where it is grey of 16 bits."""
     # Pillow has 16 bits in one of these modes, depending on its release.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return np.asarray(image).astype(np.uint16)[:, :, None]
     if image.mode in ("I", "F"):
         raise ValueError("32 bits per value, of a range that the file does not tell")
-    if image.mode in GREY_MODES:
-        array = np.asarray(image.convert("LA" if image.has_transparency_data else "L"))
-    else:
-        array = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    if image.format == "PNG" and image.mode in "1L" and "transparency" in image.info:
+        file.seek(24)  # less than 8 bits, to which Pillow stretches them, but not the clear value
+        most = 2 ** file.read(1)[0] - 1
+        image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
+    mode = "L" if image.mode in GREY_MODES else "RGB"
+    mode += "A" * image.has_transparency_data
+    # Converting to its own mode would copy it, which takes a large one beyond 2 GiB.
+    array = np.asarray(image if image.mode == mode else image.convert(mode))
     return array.reshape(*array.shape[:2], -1)
 
 
@@ -193,8 +208,8 @@ def write_photo(photo, path):
                 temporary.write_bytes(deep_png(array, profile))
             else:
                 raise ValueError(f"{suffix} has no 16 bits")
-        except (ValueError, KeyError, OSError) as error:
-            if getattr(error, "errno", None):  # of the disk
+        except Exception as error:  # encoders have their own for every kind of refusal
+            if getattr(error, "errno", None) or isinstance(error, MemoryError):  # errno: the disk's
                 raise
             raise UserError(f"cannot write {path}: {error}; name a .png file") from None
 

@@ -1,6 +1,7 @@
 """Denoising an image of any size in overlapping tiles: memory grows with a tile, not the image."""
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -136,7 +137,9 @@ def estimate_noise(image):
     clipped = [((block <= 0) | (block >= 1)).mean() for block in blocks]
     most = max(MOST_CLIPPED, min(clipped))
     chosen = [block for block, share in zip(blocks, clipped, strict=True) if share <= most]
-    sigmas = [estimate_sigma(block, channel_axis=2, average_sigmas=True) for block in chosen]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a colour that is the same everywhere
+        sigmas = [np.nan_to_num(estimate_sigma(b, channel_axis=2)).mean() for b in chosen]
     return float(np.quantile(sigmas, 0.1))
 
 

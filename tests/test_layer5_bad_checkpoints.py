@@ -13,7 +13,7 @@ import compare_baselines
 import debug_evaluation
 import visualize_proper_results
 from conftest import assert_refused, write_images
-from experiment.checkpoints import read_checkpoint
+from experiment.checkpoints import read_checkpoint, trusted
 from experiment.image_sources import load_images
 from experiment.user_errors import UserError
 
@@ -81,6 +81,7 @@ def test_bad_checkpoints_are_refused(trained, call, script, make, words):
         ({"model.position": torch.full((1, 64, 64), float("nan"))}, "model cannot be dict"),
         ({"model.position": torch.zeros(1, 64, 63)}, "another architecture"),
         ({"model.position": torch.zeros(1, 64, 64, dtype=torch.float64)}, "model cannot be dict"),
+        ({"model.position": torch.zeros(1).expand(1, 64, 64)}, "model cannot be dict"),
     ],
     ids=str,
 )
@@ -113,6 +114,12 @@ def test_damage_inside_a_checkpoint_is_seen(trained, call):
     data[len(data) // 2] ^= 4
     Path("flipped.pt").write_bytes(data)
     assert_refused(call(debug_evaluation, "--checkpoint", "flipped.pt"), "is damaged")
+
+
+def test_hooks_of_a_weight_are_dropped(tmp_path):
+    weight = torch.zeros(2)
+    weight._backward_hooks = "none"  # as the unpickler leaves what a damaged file says
+    torch.save(trusted({"model": {"weight": weight}}), tmp_path / "m.pt")
 
 
 def test_a_packed_checkpoint_is_not_unpacked(trained, call):

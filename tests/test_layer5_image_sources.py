@@ -4,6 +4,7 @@ import pickle
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -12,10 +13,12 @@ import torchvision
 from PIL import Image
 
 import debug_test_data
-from conftest import write_images
+import denoising_experiment_proper as experiment
+from conftest import assert_refused, write_images
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
-from experiment.photo_files import read_rgb
+from experiment.photo_files import Photo, read_photo, read_rgb, write_photo
+from experiment.user_errors import UserError
 
 # Sources -------------------------------------------------------------------------------------
 
@@ -136,11 +139,33 @@ def test_transparency_is_laid_over_white(tmp_path, mode):
     assert (read_rgb(tmp_path / "clear.png")[0] == 255).all()
 
 
+def png_chunk(kind, content):
+    checksum = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + checksum
+
+
+@pytest.mark.parametrize(
+    ("colours", "bits"), [(1, 1), (1, 2), (1, 4), (1, 8), (1, 16), (3, 8), (3, 16)]
+)
+def test_the_one_clear_colour_of_a_png_is_its_alpha(tmp_path, colours, bits):
+    values = np.tile([0, 1], 16).repeat(colours)  # of 32 pixels, black ones and clear ones
+    row = np.packbits(values[:, None] >> np.arange(bits)[::-1] & 1).tobytes()
+    header = struct.pack(">IIBBBBB", 32, 32, bits, colours - 1, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">H", 1) * colours)]
+    chunks += [(b"IDAT", zlib.compress(32 * (b"\0" + row))), (b"IEND", b"")]
+    path = tmp_path / "clear.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks))
+    photo, most = read_photo(path), 65535 if bits == 16 else 255
+    assert photo.pixels.shape == (32, 32, colours) and photo.pixels.max() == most // (2**bits - 1)
+    assert (photo.alpha[:, ::2] == most).all() and not photo.alpha[:, 1::2].any()
+    image, _ = read_rgb(path)
+    assert not image[:, ::2].any() and (image[:, 1::2] == 255).all()
+
+
 def test_sixteen_bits_keep_their_brightness(tmp_path):
     values = np.array([0, 200, 256 * 200, 257 * 77, 65534, 65535], dtype=np.uint16)
-    deep = Image.fromarray(np.tile(values, (32, 6)))
     for suffix in ("png", "tif", "pgm"):
-        deep.save(tmp_path / f"deep.{suffix}")
+        cv2.imwrite(str(tmp_path / f"deep.{suffix}"), np.tile(values, (32, 6)))
         image, _ = read_rgb(tmp_path / f"deep.{suffix}")
         assert image[0, :6, 0].tolist() == [0, 0, 199, 77, 254, 255], suffix
     ten_bits = (np.tile([0, 512, 1023], (32, 11))[:, :32]).astype(">u2")
@@ -223,6 +248,22 @@ def test_no_part_of_a_folder_is_left_out_in_silence(folder, tmp_path, capsys):
     assert "gone.png" in capsys.readouterr().err
 
 
+def test_photographs_smaller_than_the_crop_are_named_and_skipped(call, tmp_path, capsys):
+    for split in ("train", "test"):
+        write_images(tmp_path / "images" / split, 2, size=(80, 70))
+        write_images(tmp_path / "images" / split / "small", 1, size=(80, 60))
+    source = load_images(tmp_path / "images", crop=64)
+    assert [len(split) for split in (source.train, source.val, source.test)] == [1, 1, 2]
+    assert "000.png (80×60 pixels, less than 64)" in capsys.readouterr().err
+    options = ("--dataset", "images", "--recipe", "photographs", "--crop", 128)
+    process = call(experiment, *options, "--output", "m.pt")
+    assert_refused(process, "at least 128×128", "skipped 3 of 3", "80×60")
+    process = call(experiment, "--dataset", "photos", "--recipe", "photographs", "--crop", 1000)
+    assert_refused(process, "--crop 1000", "only 512×512")
+    process = call(experiment, "--recipe", "photographs", "--data-dir", tmp_path)
+    assert_refused(process, "--crop 96", "CIFAR-10", "32×32")
+
+
 def test_unusable_files_are_named_and_skipped(folder, capsys):
     (folder / "train" / "a" / "notes.txt").write_text("not an image")
     (folder / "train" / "a" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
@@ -235,6 +276,25 @@ def test_unusable_files_are_named_and_skipped(folder, capsys):
         assert words in warning
 
 
+def test_memory_is_not_reserved_for_what_a_damaged_file_claims(tmp_path, monkeypatch):
+    """OpenCV would, also of 2 GB."""
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(path)
+    content = path.read_bytes()
+    end = content.index(b"IEND") - 4
+    path.write_bytes(content[:end] + struct.pack(">I", 2**31 - 1) + b"IDAT")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("is asked to"))
+    with pytest.raises(OSError, match="Truncated"):
+        read_rgb(path)
+
+
+def test_what_a_format_cannot_hold_is_one_sentence(tmp_path):
+    photo = Photo(np.zeros((1, 70_000, 3), np.uint8))  # encoders have exceptions of their own
+    with pytest.raises(UserError, match=r"cannot write .*wide.gif: .*; name a .png file"):
+        write_photo(photo, tmp_path / "wide.gif")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("name", ["program.png", "bomb.png", "exif.png", "line\nbreak.png"])
 def test_one_bad_file_does_not_end_a_run(folder, call, monkeypatch, name):
     path = folder / "train" / "a" / name
@@ -243,14 +303,15 @@ def test_one_bad_file_does_not_end_a_run(folder, call, monkeypatch, name):
         monkeypatch.setattr(started, lambda *_, **__: pytest.fail("starts Ghostscript"))
         path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
     elif name == "bomb.png":
-        header = b"\x00\x00\x00\rIHDR" + struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0)
-        checksum = struct.pack(">I", zlib.crc32(header[4:]))
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + checksum)
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header)
     elif name == "exif.png":
         Image.new("RGB", (32, 32)).save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     else:
         path.write_text("no image")
     process = call(debug_test_data, "--dataset", folder)
     assert "Traceback" not in process.stderr and process.returncode in (0, 1)
-    if name != "exif.png":
+    if name == "exif.png":
+        assert not process.stderr
+    else:
         assert process.stderr.count("\n") == 1 and "skipped 1 of 21" in process.stderr

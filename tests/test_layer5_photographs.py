@@ -18,7 +18,7 @@ import debug_evaluation
 import denoise_image
 import denoising_experiment_proper as experiment
 import visualize_proper_results
-from conftest import ROOT, assert_refused, interrupted_in_epoch, run_here, write_images
+from conftest import ROOT, assert_refused, interrupted_in_epoch, run_here
 from experiment import noisy_images, tiling
 from experiment.command_line import PHOTOGRAPH_CHECKPOINT
 from experiment.image_sources import load_images
@@ -149,22 +149,6 @@ def test_noise_is_unclipped_where_asked(photos):
                 assert (noisy - clean).std() == pytest.approx(0.2, abs=1e-3)
 
 
-def test_photographs_smaller_than_the_crop_are_named_and_skipped(call, tmp_path, capsys):
-    for split in ("train", "test"):
-        write_images(tmp_path / "images" / split, 2, size=(80, 70))
-        write_images(tmp_path / "images" / split / "small", 1, size=(80, 60))
-    source = load_images(tmp_path / "images", crop=64)
-    assert [len(split) for split in (source.train, source.val, source.test)] == [1, 1, 2]
-    assert "000.png (80×60 pixels, less than 64)" in capsys.readouterr().err
-    options = ("--dataset", "images", "--recipe", "photographs", "--crop", 128)
-    process = call(experiment, *options, "--output", "m.pt")
-    assert_refused(process, "at least 128×128", "skipped 3 of 3", "80×60")
-    process = call(experiment, "--dataset", "photos", "--recipe", "photographs", "--crop", 1000)
-    assert_refused(process, "--crop 1000", "only 512×512")
-    process = call(experiment, "--recipe", "photographs", "--data-dir", tmp_path)
-    assert_refused(process, "--crop 96", "CIFAR-10", "32×32")
-
-
 # Tiles ---------------------------------------------------------------------------------------
 
 
@@ -201,6 +185,7 @@ def test_an_identity_leaves_every_image_as_it_is(shape, dtype):
     restored = denoise(Blur(0), image, tile=64, overlap=16)
     assert restored.dtype == dtype and restored.shape == shape
     assert np.allclose(restored, image, atol=1e-6 if dtype == np.float32 else 0)
+    assert not denoise(Blur(0), np.zeros_like(image)).any()  # of which no noise can be estimated
 
 
 def test_tiles_make_no_seam():
@@ -371,7 +356,22 @@ def test_a_file_that_fails_does_not_stop_the_others(clean_up, tmp_path):
     assert_refused(clean_up("cut.png"), "cut.png", "truncated")
 
 
-def test_bad_input_is_one_sentence(clean_up, call, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("damage of its own kind")])
+def test_what_a_decoder_raises_ends_no_other_file(clean_up, monkeypatch, error):
+    def broken(path):
+        if path.name == "a.png":
+            raise error
+        return read_photo(path)
+
+    monkeypatch.setattr(denoise_image, "read_photo", broken)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(noisy_photo()).save(name)
+    process = clean_up("a.png", "b.png")
+    assert process.returncode == 1 and process.stderr.startswith("failed: a.png: ")
+    assert "damage" in process.stderr and Path("b_denoised.png").exists()
+
+
+def test_bad_input_is_one_sentence(clean_up, call, trained, tmp_path):
     Image.fromarray(noisy_photo()).save("in.png")
     Image.fromarray(noisy_photo()).save("other.png")
     bomb = bytearray(Path("in.png").read_bytes())

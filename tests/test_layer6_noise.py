@@ -189,7 +189,7 @@ def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
     dataset = NoisyImageDataset(photos.test[:8], (LOW, HIGH), 3, "cpu", False, noise_map)
     assert torch.equal(dataset.to("cpu")[5][0], dataset[5][0])
     fewer = dataset.at((2 * LOW, 2 * HIGH), 6)
-    assert len(fewer) == 6 and fewer.noise_map == noise_map
+    assert len(fewer) == 6 and fewer.degradation.noise_map == noise_map
     assert torch.allclose(fewer.sigma(5), 2 * dataset.sigma(5))
     uniform = NoisyImageDataset(photos.test[:8], 0.1, 3, "cpu", False)
     one = dataset.at(0.1)
