@@ -18,8 +18,8 @@ MOST_KEYS = 64  # with 256, registers and shared memory do not hold what the bac
 ROWS = 32  # queries of a block
 
 
-def fits(query, key, value):
-    """Whether `topk_attention_short` can do it: [B, H, N, d] of one dtype, N_k <= MOST_KEYS."""
+def fits(query, key, value, most_keys=MOST_KEYS):
+    """Whether `topk_attention_short` can do it: [B, H, N, d] of one dtype, N_k <= most_keys."""
     same = query.dtype == key.dtype == value.dtype and key.shape == value.shape
     return (
         triton is not None
@@ -28,7 +28,7 @@ def fits(query, key, value):
         and query.dtype in (torch.float32, torch.bfloat16)
         and query.shape[:2] == key.shape[:2]
         and query.shape[3] == key.shape[3] in (16, 32, 64)
-        and 1 <= key.shape[2] <= MOST_KEYS
+        and 1 <= key.shape[2] <= most_keys
         and query.numel() > 0
     )
 
@@ -101,10 +101,13 @@ def _in_one_layout(*tensors):
 
 def _sizes(key):
     keys = max(16, triton.next_power_of_2(key.shape[2]))
-    # TF32 holds every bfloat16; three products of it are as exact as float32.
-    precision = "tf32" if key.dtype == torch.bfloat16 else "tf32x3"
-    sizes = {"D": key.shape[3], "KEYS": keys, "ROWS": ROWS, "PRECISION": precision}
+    sizes = {"D": key.shape[3], "KEYS": keys, "ROWS": ROWS, "PRECISION": _precision(key)}
     return sizes | {"num_stages": 1}  # more would take more shared memory than there is
+
+
+def _precision(key):
+    """TF32 holds every bfloat16; three products of it are as exact as float32."""
+    return "tf32" if key.dtype == torch.bfloat16 else "tf32x3"
 
 
 if triton is not None:

@@ -153,6 +153,20 @@ def test_backward_of_the_sparse_path_makes_no_scores(monkeypatch):
     assert recorder.largest <= 4 * 1024 * (32 + TIES + 1)
 
 
+def test_memory_of_the_long_kernel_grows_linearly():
+    """No [N, N] tensor, forward and backward, and nothing of its size is kept."""
+    attend = pytest.importorskip("topk_kernel_long").topk_attention_long
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kept, largest = {}, {}
+    for tokens in (64, 128):
+        qkv = [torch.randn(1, 1, tokens, 16, device=device, requires_grad=True) for _ in "qkv"]
+        with Recorder() as recorder:
+            kept[tokens] = saved_bytes(lambda *qkv: attend(*qkv, 40).sum().backward(), *qkv)
+        largest[tokens] = recorder.largest
+    assert kept[128] == 2 * kept[64]
+    assert largest[128] == 2 * largest[64]
+
+
 def test_largest_tensor_does_not_grow_with_k(seeded):
     x = torch.randn(2, 256, 128)
     largest = {record(AdaptiveAttentionMoE(k_attend=(k,)), x).largest for k in (8, 32, 128)}
