@@ -237,7 +237,7 @@ def parse_args():
         default=[row for row in ROWS if row != TRAINING],
         metavar="ROW",
         help=f"what to time, out of: {', '.join(ROWS)} (default: all but the last, which trains "
-        "by the quick recipe and takes minutes)",
+        "by the quick recipe and takes minutes; its verdict is for CIFAR-10)",
     )
     group.add_argument(
         "--quick",

@@ -91,7 +91,8 @@ def other_baselines(test_set):
     if degradation.task == "jpeg":
         smooth, strengths = baselines(sigma=0.05)["total variation"]
         best = best_of(smooth, strengths, test_set)[0]
-        return {"JPEG": lambda x, _: x, "total variation": lambda x, _: smooth(x, best)}
+        name = f"total variation, strength {best:.3g}"
+        return {"JPEG": lambda x, _: x, name: lambda x, _: smooth(x, best)}
     return {
         "pull-push": lambda x, _: x[:3],
         "Telea": lambda x, _: telea(x),
@@ -191,8 +192,8 @@ def compare(model, test_set, classical):
 
 def main():
     parser = make_parser(
-        "Compares a trained model with classical denoisers on the same noisy test images. A folder "
-        "without test/ counts as one of test images.",
+        "Compares a trained model with the classical methods for its task on the same test images. "
+        "A folder without test/ counts as one of test images.",
         "python compare_baselines.py --dataset photos --checkpoint photos.pt",
         *("checkpoint", "dataset", "data-dir", "unclipped", "device", "threads"),
     )

@@ -19,7 +19,7 @@ ROWS = 32  # queries of a block
 
 
 def fits(query, key, value, most_keys=MOST_KEYS):
-    """Whether `topk_attention_short` can do it: [B, H, N, d] of one dtype, N_k <= most_keys."""
+    """Whether a kernel for most_keys can do it: [B, H, N, d] of one dtype, N_k <= most_keys."""
     same = query.dtype == key.dtype == value.dtype and key.shape == value.shape
     return (
         triton is not None

@@ -25,7 +25,7 @@ from experiment.evaluation import (
     ssim,
 )
 from experiment.run_files import check_picture, check_writable, csv_text, write_figure, write_text
-from experiment.user_errors import UserError, run_main
+from experiment.user_errors import UserError, printable, run_main
 from small_vit import at_each, build_model, load_for_evaluation
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
@@ -33,7 +33,7 @@ PERCENTILES = (5, 23, 41, 59, 77, 95)
 NAMES = {
     "denoise": ("noisy", "denoised", "ground truth"),
     "super-resolution": ("low resolution, enlarged", "restored", "ground truth"),
-    "inpaint": ("with holes", "restored", "ground truth"),
+    "inpaint": ("with holes (figures: filled)", "restored", "ground truth"),
     "jpeg": ("JPEG", "restored", "ground truth"),
 }
 DETAIL = 96  # side of the enlarged part of a photograph, pixels
@@ -146,22 +146,31 @@ def decision_table(model, dataset):
     return "\n".join(rows)
 
 
+def panel_names(dataset, paths):
+    """Titles of the images in a row: as the models get them, as each restores them, the truth."""
+    before, after, truth = NAMES[dataset.degradation.task]
+    # The end of a path says more than its beginning, and more of it would not fit.
+    several = [f"{after}:\n{printable(path)[-18:]}" for path in paths]
+    names = [before, *(several if len(paths) > 1 else [after]), truth]
+    return names + [f"{name}, detail" for name in names] * dataset.whole
+
+
 def draw_images(models, dataset, indices, title):
     """Figure: a row per image; noisy, denoised and true, of photographs a detail of each as well,
     then each block's expert weights where there are several experts.
 
     Args:
-        models: {path of its checkpoint: SmallViT in evaluation mode}; the weights are those of the
-            first.
+        models: [(path of its checkpoint, SmallViT in evaluation mode)]; the weights are those of
+            the first.
         dataset: NoisyImageDataset.
         indices: images to draw, one for each of PERCENTILES.
         title: of the figure.
     """
-    model, *others = models.values()
+    (_, model), *others = models
     shown = [dataset[i][:2] for i in indices]
     restored, maps = zip(*(restore(model, noisy) for noisy, _ in shown), strict=True)
     restored = [
-        [image, *(restore(other, noisy)[0] for other in others)]
+        [image, *(other.denoise(noisy.unsqueeze(0))[0] for _, other in others)]
         for image, (noisy, _) in zip(restored, shown, strict=True)
     ]
     blocks, experts = maps[0].shape[:2] if maps[0].shape[1] > 1 else (0, 0)
@@ -176,14 +185,7 @@ def draw_images(models, dataset, indices, title):
         colours = {"cmap": "gray", "vmin": 0, "vmax": 1}
         columns = [f"{100 * budget:g} % attend" for budget in SHOWN_BUDGETS]
 
-    damage = dataset.degradation
-    before, after, truth = NAMES[damage.task]
-    names = [
-        before,
-        *([after] if not others else [f"{after}:\n{Path(path).stem}" for path in models]),
-        truth,
-    ]
-    names += [f"{name}, detail" for name in names] if dataset.whole else []
+    damage, names = dataset.degradation, panel_names(dataset, [path for path, _ in models])
     differs = damage.task == "denoise" and damage.noise_map != "uniform"
     sigmas = [dataset.sigma(i) / damage.noise_range[1] for i in indices] if differs else []
     names += ["σ of the noise"] if sigmas else []
@@ -197,14 +199,14 @@ def draw_images(models, dataset, indices, title):
         squeeze=False,
     )
     for row, ((noisy, clean), images) in enumerate(zip(shown, restored, strict=True)):
-        damaged = noisy[:3] * noisy[3:].prod(0)  # black where pixels are unknown
-        panels = [damaged.clamp(0, 1), *images, clean]
+        damaged = noisy[:3].clamp(0, 1) * noisy[3:].prod(0)  # black where pixels are unknown
+        panels = [damaged, *images, clean]
         part = detail(clean) if dataset.whole else ()
         panels += [panel[part] for panel in panels] if part else []
         panels += [sigmas[row]] if sigmas else []
         for axis, panel in zip(axes[row], panels, strict=False):
             axis.imshow(panel.permute(1, 2, 0).numpy(), interpolation="nearest")
-        for axis, x in zip(axes[row], (damaged, *images), strict=False):
+        for axis, x in zip(axes[row], (noisy[:3], *images), strict=False):
             pair = x.numpy(), clean.numpy()
             axis.set_xlabel(f"{psnr(*pair):.2f} dB, SSIM {ssim(*pair):.3f}")
         axes[row, 0].set_ylabel(f"percentile {PERCENTILES[row]}")
@@ -229,18 +231,18 @@ def draw_images(models, dataset, indices, title):
 
 
 def others_for(dataset, paths):
-    """{path: SmallViT on the CPU} of checkpoints for the task of a data set.
+    """[(path, SmallViT on the CPU)] of checkpoints for the task of a data set.
 
     Raises:
         UserError: one cannot be read, or is for another task.
     """
-    models = {}
+    models = []
     for path in paths:
         checkpoint = read_checkpoint(path)
         task = checkpoint["recipe"].get("task", "denoise")
         if task != dataset.degradation.task:
             raise UserError(f"--beside {path}: it was trained for {task}; name others")
-        models[path] = build_model(checkpoint, path)
+        models.append((path, build_model(checkpoint, path)))
     return models
 
 
@@ -267,7 +269,7 @@ def main():
     check_picture(output)
     check_writable(table)
     _, model, source, (*_, test_set) = load_for_evaluation(args)
-    models = {args.checkpoint: model} | others_for(test_set, args.beside)
+    models = [(args.checkpoint, model), *others_for(test_set, args.beside)]
     result = evaluate(model, test_set)
 
     rows = [

@@ -120,7 +120,7 @@ def read_checkpoint(path):
         UserError: the file is missing, damaged, unsafe, or no such file.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint; train one or name another with --checkpoint")
+        raise UserError(f"{path}: no such checkpoint; train one or name another")
     checkpoint = load(path)
     check(checkpoint, CHECKPOINT, path)
     for part, kinds, name in ((checkpoint, IF_THERE, ""), (checkpoint["recipe"], LATER, "recipe")):

@@ -113,7 +113,7 @@ class Holes:
     """Rectangles and strokes are unknown: filled by `pull_push`, marked by 0 in a fourth channel.
 
     Raises:
-        ValueError: the shares do not ascend, or leave nothing known or nothing to restore.
+        ValueError: the shares do not ascend in 0 … MOST_HOLES, without 0.
     """
 
     shares: tuple = (0.1, 0.4)  # (low, high) of the pixels that are unknown, uniform between them
@@ -241,12 +241,14 @@ def stroke(size, side, rng):
 KINDS = {kind.task: kind for kind in (SuperResolution, Holes, Compression)}
 
 
-def degradation_of(task, **settings):
-    """The degradation of a recipe's entries in DEFAULTS; None for noise, which has more of them.
+def degradation_in(recipe):
+    """The degradation of a recipe as a dict; None for noise, which has more entries there.
 
     Raises:
-        UserError: they are out of their range.
+        UserError: its entries are out of their range.
     """
+    settings = DEFAULTS | recipe  # earlier versions wrote none of them
+    task = settings["task"]
     if task not in KINDS:
         return None
     value = settings[OPTIONS_OF[task][0]]
@@ -254,11 +256,6 @@ def degradation_of(task, **settings):
         return KINDS[task](tuple(value) if isinstance(value, list | tuple) else value)
     except ValueError as error:
         raise UserError(f"--task {task}: {error}") from None
-
-
-def degradation_in(recipe):
-    """`degradation_of` a recipe as a dict, which earlier versions wrote without these entries."""
-    return degradation_of(**{name: recipe.get(name, value) for name, value in DEFAULTS.items()})
 
 
 def damage_of(recipe):

@@ -6,6 +6,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
@@ -132,8 +133,6 @@ def is_deep(image, file):
 
 def deep_pixels(image, file):
     """uint16 [h, w, C] of a PNG or TIFF opened by Pillow."""
-    import cv2  # needed here alone
-
     file.seek(0)
     if image.format == "PNG":  # OpenCV reserves the gigabytes that a damaged chunk claims
         Image.open(file, formats=["PNG"]).verify()
@@ -209,15 +208,14 @@ def write_photo(photo, path):
             else:
                 raise ValueError(f"{suffix} has no 16 bits")
         except Exception as error:  # encoders have their own for every kind of refusal
-            if getattr(error, "errno", None) or isinstance(error, MemoryError):  # errno: the disk's
+            if getattr(error, "errno", None):  # of the disk
                 raise
-            raise UserError(f"cannot write {path}: {error}; name a .png file") from None
+            why = str(error) or type(error).__name__
+            raise UserError(f"cannot write {path}: {why}; name a .png file") from None
 
 
 def deep_png(array, profile):
     """The bytes of a PNG of 16 bits; uint16 [h, w] or [h, w, C], grey with alpha as colours."""
-    import cv2
-
     if array.ndim == 3:
         blue_first = {2: [0, 0, 0, 1], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[array.shape[2]]
         array = np.ascontiguousarray(array[:, :, blue_first])

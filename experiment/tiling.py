@@ -124,8 +124,8 @@ def middle(image):
 def estimate_noise(image):
     """σ of the noise in the middle of [h, w, C], from wavelets, in [0, 1]; 0 for tiny images.
 
-    It is the tenth percentile over blocks, since texture looks like noise. Blocks with values at
-    either end of the range do not count, if there are others: what is clipped has no noise.
+    It is the tenth percentile over blocks, since texture looks like noise. If there are others,
+    blocks in which some of it is clipped or framed do not count.
     """
     part = middle(image)
     if min(part.shape[:2]) < 16:
@@ -134,6 +134,8 @@ def estimate_noise(image):
     part = part / np.float32(scale)
     tops, lefts = (range(0, max(1, size - BLOCK + 1), BLOCK) for size in part.shape[:2])
     blocks = [part[top : top + BLOCK, left : left + BLOCK] for top in tops for left in lefts]
+    # A line of one value is no noise, but a frame or a margin.
+    blocks = [b for b in blocks if all(np.ptp(b, axis).all() for axis in (0, 1))] or blocks
     clipped = [((block <= 0) | (block >= 1)).mean() for block in blocks]
     most = max(MOST_CLIPPED, min(clipped))
     chosen = [block for block, share in zip(blocks, clipped, strict=True) if share <= most]

@@ -64,13 +64,13 @@ def test_visualization_shows_and_tells_the_whole_test_set(trained, call, monkeyp
 def test_other_models_are_drawn_beside(trained, photos):
     """Each under its name with its own figures."""
     test_set = NoisyImageDataset(photos.test[::40], stream=2)
-    models = {"a/m.pt": load_model(trained.path / "model.pt"), "b/m.pt": SmallViT().eval()}
+    models = [("a/m.pt", load_model(trained.path / "model.pt")), ("b/m.pt", SmallViT())]
     figure = visualize_proper_results.draw_images(models, test_set, [0, 1], "title")
     columns = figure.axes[:4]
     titles = [axis.get_title() for axis in columns]
-    assert titles == ["noisy", "denoised:\nm", "denoised:\nm", "ground truth"]
+    assert titles == ["noisy", "denoised:\na/m.pt", "denoised:\nb/m.pt", "ground truth"]
     noisy, clean, _ = test_set[0]
-    for axis, model in zip(columns[1:3], models.values(), strict=True):
+    for axis, (_, model) in zip(columns[1:3], models, strict=True):
         restored = model.denoise(noisy[None])[0]
         assert axis.get_xlabel().startswith(f"{psnr(restored.numpy(), clean.numpy()):.2f} dB")
         shown = axis.images[0].get_array()

@@ -180,6 +180,22 @@ def test_resolution_is_restored_better_than_by_the_bicubic_filter(photos):
     assert result.psnr.mean() > result.noisy_psnr.mean() + 0.5
 
 
+@pytest.mark.parametrize(
+    ("task", "border"), [("super-resolution", 2), ("jpeg", 0), ("inpaint", None)]
+)
+def test_the_second_psnr_is_that_of_papers(task, border):
+    """Of the luma of BT.601, for super-resolution without a border; or of what is in the holes."""
+    clean, restored = np.random.default_rng(0).random((2, 3, 12, 10), dtype=np.float32)
+    degraded = np.concatenate([clean, np.zeros((1, 12, 10), np.float32)])
+    degraded[3, 3:] = 1
+    error = (restored - clean)[:, :3]
+    if task != "inpaint":
+        luma = np.tensordot([65.481, 128.553, 24.966], restored - clean, 1) / 255
+        error = luma[border : 12 - border, border : 10 - border]
+    found = compare_baselines.special_psnr(TASKS[task], degraded, restored, clean)
+    assert found == pytest.approx(-10 * np.log10((error**2).mean()), abs=1e-3)
+
+
 # Scripts -------------------------------------------------------------------------------------
 
 
@@ -195,15 +211,23 @@ def restorer(request, folder_of_images, tmp_path_factory):
 
 
 @pytest.mark.usefixtures("small_picture")
-def test_every_script_knows_the_task_of_a_model(restorer, call):
+def test_every_script_knows_the_task_of_a_model(restorer, call, monkeypatch):
     task, path = restorer
+    figures = []
+    monkeypatch.setattr(visualize_proper_results, "write_figure", lambda f, _: figures.append(f))
     assert call(debug_evaluation, "--checkpoint", path).returncode == 0
-    process = call(visualize_proper_results, "--checkpoint", path)
+    process = call(visualize_proper_results, "--checkpoint", path, "--beside", path)
     assert process.returncode == 0, process.stderr
     assert f"with {TASKS[task]}" in process.stdout and "| σ |" not in process.stdout
+    titles = [axis.get_title().split(":")[0] for axis in figures[0].axes[:4]]
+    assert titles[1:] == ["restored", "restored", "ground truth"]
+    shown, *_, truth = (axis.images[0].get_array() for axis in figures[0].axes[:4])
+    holes = (shown == 0).all(2) & (truth != 0).any(2)  # are drawn black
+    assert (holes.mean() > 0.05) == (task == "inpaint")
     process = call(compare_baselines, "--checkpoint", path)
     rows = [line.split(" | ") for line in process.stdout.splitlines() if line.startswith("| ")]
     names = [row[0].strip("| ") for row in rows]
+    names = [name.split(", strength")[0] for name in names]
     assert names == ["method", *BASELINES[task], "**this model**"]
     special = [float(row[3].split(" ± ")[0]) for row in rows[1:]]
     if task == "inpaint":
@@ -253,7 +277,15 @@ def test_impossible_tasks_end_in_a_sentence(call, folder, options, words):
 
 
 @pytest.mark.parametrize(
-    "option", [("--task", "inpaint"), ("--noise-map", "ramp"), ("--noise-level", 0.1, 0.2)]
+    "option",
+    [
+        ("--task", "inpaint"),
+        ("--scale", 2),
+        ("--holes", 0.1, 0.2),
+        ("--quality", 10, 40),
+        ("--noise-map", "ramp"),
+        ("--noise-level", 0.1, 0.2),
+    ],
 )
 def test_parts_are_replaced_in_a_model_as_it_was_trained(call, option):
     assert_refused(call(ablation_study, "--checkpoint", "m.pt", *option), option[0], "--checkpoint")

@@ -284,8 +284,8 @@ def test_texture_is_not_taken_for_noise():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_clipped_parts_do_not_hide_the_noise(channels):
-    """Nor is there any in an image that is clipped everywhere."""
+def test_parts_without_noise_do_not_hide_it(channels):
+    """Such as are clipped, or of one colour, a frame; nor is there any where all is."""
     image = np.full((256, 256, channels), 100, np.uint8)
     noise = np.random.default_rng(0).normal(0, 20, image.shape)
     image = np.clip(image + noise, 0, 255).round().astype(np.uint8)
@@ -294,3 +294,5 @@ def test_clipped_parts_do_not_hide_the_noise(channels):
     assert estimate_noise(image[:128]) < 1e-6
     assert estimate_noise(image[:15]) == 0
     assert estimate_noise(image[240:]) == pytest.approx(20 / 255, rel=0.15)
+    image[:150] = 128
+    assert estimate_noise(image) == pytest.approx(20 / 255, rel=0.1)
