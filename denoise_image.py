@@ -33,7 +33,7 @@ from experiment.degradations import damage_of
 from experiment.photo_files import FORMATS, read_photo, write_photo
 from experiment.run_files import place_of, write_figure
 from experiment.tiling import OVERLAP, TILE, denoise, estimate_noise, middle
-from experiment.user_errors import UserError, printable, run_main
+from experiment.user_errors import UserError, printable, reason, run_main
 from small_vit import build_model
 
 SUFFIX = "_denoised"
@@ -109,7 +109,7 @@ def denoise_file(path, output, model, args):
     try:
         photo = read_photo(path)
     except (MemoryError, RuntimeError) as error:  # the decoder's, which end no other file
-        raise ValueError(str(error) or "larger than the memory, or damaged") from None
+        raise ValueError(reason(error)) from None
     pixels = denoise(model, photo.pixels, args.tile, dtype=args.dtype, strength=args.strength)
     write_photo(replace(photo, pixels=pixels), output)
     seconds = time.perf_counter() - started
@@ -180,8 +180,8 @@ def main():
             denoise_file(path, output, model, args)
         except (MemoryError, RuntimeError):
             raise
-        except Exception as error:  # decoders have their own for every kind of damage
-            failed.append(f"{path}: {str(error) or type(error).__name__}")
+        except Exception as error:
+            failed.append(f"{path}: {reason(error)}")
     if failed and len(failed) == len(outputs):
         raise UserError("; ".join(failed))
     for sentence in failed:

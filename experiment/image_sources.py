@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from experiment.image_cache import remembered
 from experiment.photo_files import read_rgb
-from experiment.user_errors import UserError, printable
+from experiment.user_errors import UserError, printable, reason
 
 SIZE = 32  # side of a thumbnail, pixels
 VALIDATION_SHARE = 0.2  # CIFAR-10: 40,000 / 10,000 of the 50,000 training images
@@ -276,8 +276,8 @@ def _decode(folder, paths, crop):
             image, kept_all = read_rgb(path)
             if min(image.shape[:2]) < least:
                 raise ValueError(f"{image.shape[1]}×{image.shape[0]} pixels, less than {least}")
-        except Exception as error:  # decoders have their own for every kind of damage
-            skipped.append(f"{path} ({str(error) or type(error).__name__})")
+        except Exception as error:
+            skipped.append(f"{path} ({reason(error)})")
             continue
         parts = [image] if crop else _crops(image, SIZE, CROPS_PER_FILE)
         images.extend(parts)

@@ -51,6 +51,13 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def reason(error):
+    """Why a file could not be read, in words: decoders have exceptions for every kind of damage."""
+    puzzling = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError)
+    told = "" if puzzling else str(error)
+    return told or f"damaged, or larger than the memory ({type(error).__name__})"
+
+
 def run_main(main):
     """Runs a script's main() and exits with the code that it returns.
 

@@ -18,7 +18,7 @@ from conftest import assert_refused, write_images
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
 from experiment.photo_files import Photo, read_photo, read_rgb, write_photo
-from experiment.user_errors import UserError
+from experiment.user_errors import UserError, reason
 
 # Sources -------------------------------------------------------------------------------------
 
@@ -315,3 +315,14 @@ def test_one_bad_file_does_not_end_a_run(folder, call, monkeypatch, name):
         assert not process.stderr
     else:
         assert process.stderr.count("\n") == 1 and "skipped 1 of 21" in process.stderr
+
+
+def test_a_stumbling_decoder_speaks_of_damage(tmp_path):
+    """A PNG of 16 bits without pixels: "list index out of range" says nothing to its owner."""
+    Image.fromarray(np.full((32, 32), 9000, np.uint16)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[:33] + content[-12:])
+    with pytest.raises(Exception) as caught:  # noqa: PT011 any of them
+        read_rgb(tmp_path / "a.png")
+    assert reason(caught.value).startswith("damaged")
+    assert reason(ValueError("too wide")) == "too wide" and "memory" in reason(MemoryError())
