@@ -114,14 +114,14 @@ def special_psnr(degradation, degraded, restored, clean):
 
 
 def compare_others(model, test_set, classical):
-    """As `compare`, for a task that is no noise."""
+    """As `compare`, for a task that is no noise; the model comes last."""
     degradation, device = test_set.degradation, next(model.parameters()).device
 
     @torch.inference_mode()
     def this_model(degraded, _):
         return model(torch.from_numpy(degraded).unsqueeze(0).to(device))[0][0].cpu().numpy()
 
-    result = evaluate(model, test_set)  # leaves it in evaluation mode
+    model.eval()
     where = "in the holes" if degradation.task == "inpaint" else "luma"
     print(f"\n| method | PSNR (dB) | SSIM | PSNR (dB), {where} |\n|---|---|---|---|")
     methods = other_baselines(test_set) if classical else {}
@@ -133,9 +133,10 @@ def compare_others(model, test_set, classical):
             restored = np.clip(methods[name](x, y), 0, 1).astype(np.float32)
             special = special_psnr(degradation, x, restored, y)
             scores.append((psnr(restored, y), ssim(restored, y), special))
-        figures = [plus_minus(v, d) for v, d in zip(np.array(scores).T, (2, 4, 2), strict=True)]
+        psnrs, ssims, specials = np.array(scores).T
+        figures = (plus_minus(psnrs, 2), plus_minus(ssims, 4), plus_minus(specials, 2))
         tqdm.write(f"| {name} | {' | '.join(figures)} |")
-    return result
+    return psnrs, ssims
 
 
 def measure(denoise, strength, dataset):
@@ -170,7 +171,7 @@ def best_of(denoise, strengths, dataset):
 
 
 def compare(model, test_set, classical):
-    """Prints the table for one σ; returns the model's Evaluation.
+    """Prints the table for one σ; returns the model's PSNR and SSIM of every image.
 
     Args:
         model: denoiser.
@@ -187,7 +188,7 @@ def compare(model, test_set, classical):
     result = evaluate(model, test_set)
     print_row("**this model**", result.psnr, result.ssim)
     tqdm.write(f"rounded to 8 bits: {plus_minus(result.psnr_8_bits, 2)} dB")
-    return result
+    return result.psnr, result.ssim
 
 
 def main():
@@ -233,10 +234,10 @@ def main():
         kind = "" if not of_noise or dataset.degradation.clipped else ", unclipped"
         print(f"\n{source.name}, {len(test_set):,} test images, {dataset.degradation}{kind}")
         if of_noise:
-            result = compare(model, dataset, not args.model_only)
+            figures = compare(model, dataset, not args.model_only)
         else:
-            result = compare_others(model, dataset, not args.model_only)
-        print(f"\n{result_line(result.psnr, result.ssim, source.name)}")
+            figures = compare_others(model, dataset, not args.model_only)
+        print(f"\n{result_line(*figures, source.name)}")
     return 0
 
 

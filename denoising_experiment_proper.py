@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adaptive_attention_moe import load_balancing_loss
 from experiment.checkpoints import (
     check_finite,
+    listed,
     read_run,
     restore_optimizer,
     save_run,
@@ -119,7 +120,7 @@ class Recipe:
 
     def as_dict(self):
         """Plain values that torch.save and JSON give back as they were."""
-        return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
+        return listed(asdict(self))
 
 
 RECIPES = {

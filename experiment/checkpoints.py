@@ -65,14 +65,19 @@ LATER |= {
     "holes": lambda v: isinstance(v, list) and noise(v),
     "quality": lambda v: isinstance(v, list) and len(v) == 2 and all(map(whole(1), v)),
 }
-# Where not noted, as it is read
-EARLIER = {n: list(v) if isinstance(v, tuple) else v for n, v in DEFAULTS.items()}
-EARLIER["noise_map"] = "uniform"
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
 ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
 ROW |= {"balance_loss": float}  # rounding takes it below 0
 STATE = {"recipe": RECIPE, "history": list, "model": weights, "optimizer": dict, "best": CHECKPOINT}
 ADVICE = "use a file that denoising_experiment_proper.py wrote, or copy it again"
+
+
+def listed(values):
+    """A dict of plain values as torch.save and JSON give it back: tuples have become lists."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+EARLIER = listed(DEFAULTS) | {"noise_map": "uniform"}  # what recipes that lack it mean
 
 
 def plain(value):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from experiment.degradations import DRAWS, MOST_HOLES, OPTIONS_OF, SCALES
+from experiment.degradations import BEST_QUALITY, DRAWS, MOST_HOLES, OPTIONS_OF, SCALES
 from experiment.losses import LOSSES
 from experiment.user_errors import UserError
 
@@ -125,7 +125,7 @@ OPTIONS = {
             help="of --task inpaint: share of the pixels that is unknown, drawn between the two",
         ),
         "quality": dict(
-            type=number(int, 1, most=95),
+            type=number(int, 1, most=BEST_QUALITY),
             nargs=2,
             metavar=("LOW", "HIGH"),
             help="of --task jpeg: quality of the files, drawn between the two",

@@ -20,7 +20,7 @@ from PIL import Image
 from experiment.user_errors import UserError
 
 SCALES = (2, 3, 4)
-DEFAULTS = {"task": "denoise", "scale": 2, "holes": (0.1, 0.4), "quality": (10, 40)}  # of a recipe
+BEST_QUALITY = 95  # of JPEG; above it Pillow's files grow and hardly gain
 OPTIONS_OF = {
     "denoise": ("noise_level", "noise_map", "unclipped"),
     "super-resolution": ("scale",),
@@ -31,8 +31,16 @@ OPTIONS_OF = {
 DRAWS = {"uniform": 1, "regions": 4, "ramp": 1, "signal": 1}
 
 
+class Degradation:
+    """What most of them have in common."""
+
+    channels = 3  # of the degraded images
+    multiple = 1  # of which sides have to be
+    numbers = 1  # uniform ones that an image takes
+
+
 @dataclass(frozen=True)
-class GaussianNoise:
+class GaussianNoise(Degradation):
     """degraded = clamp(clean + σ·N(0, 1), 0, 1).
 
     Raises:
@@ -45,8 +53,6 @@ class GaussianNoise:
     clipped: bool = True  # to [0, 1]; the field's benchmarks on photographs do not
 
     task = "denoise"
-    channels = 3
-    multiple = 1  # of which sides have to be
 
     def __post_init__(self):
         low, high = self.noise_range
@@ -72,7 +78,7 @@ class GaussianNoise:
 
 
 @dataclass(frozen=True)
-class SuperResolution:
+class SuperResolution(Degradation):
     """Bicubic reduction, antialiased and rounded to 8 bits as a file is, and enlargement again.
 
     Raises:
@@ -82,8 +88,6 @@ class SuperResolution:
     scale: int = 2
 
     task = "super-resolution"
-    channels = 3
-    numbers = 1
 
     def __post_init__(self):
         if self.scale not in SCALES:
@@ -109,7 +113,7 @@ class SuperResolution:
 
 
 @dataclass(frozen=True)
-class Holes:
+class Holes(Degradation):
     """Rectangles and strokes are unknown: filled by `pull_push`, marked by 0 in a fourth channel.
 
     Raises:
@@ -120,8 +124,6 @@ class Holes:
 
     task = "inpaint"
     channels = 4
-    multiple = 1
-    numbers = 1
 
     def __post_init__(self):
         low, high = self.shares
@@ -142,24 +144,21 @@ MOST_HOLES = 0.9  # share of the pixels; where all are unknown there is nothing 
 
 
 @dataclass(frozen=True)
-class Compression:
+class Compression(Degradation):
     """JPEG by Pillow, which halves the resolution of the colours.
 
     Raises:
-        ValueError: the qualities do not ascend in 1 … 95.
+        ValueError: the qualities do not ascend in 1 … BEST_QUALITY.
     """
 
     quality: tuple = (10, 40)  # (least, most), drawn uniformly
 
     task = "jpeg"
-    channels = 3
-    multiple = 1
-    numbers = 1
 
     def __post_init__(self):
         low, high = self.quality
-        if not 1 <= low <= high <= 95:
-            raise ValueError(f"qualities must ascend in 1 … 95, got {self.quality}")
+        if not 1 <= low <= high <= BEST_QUALITY:
+            raise ValueError(f"qualities must ascend in 1 … {BEST_QUALITY}, got {self.quality}")
 
     def __str__(self):
         return "JPEG of quality {} to {}".format(*self.quality)
@@ -239,6 +238,8 @@ def stroke(size, side, rng):
 
 
 KINDS = {kind.task: kind for kind in (SuperResolution, Holes, Compression)}
+DEFAULTS = {"task": GaussianNoise.task, "scale": SuperResolution.scale}  # of a recipe
+DEFAULTS |= {"holes": Holes.shares, "quality": Compression.quality}
 
 
 def degradation_in(recipe):
