@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 
 from experiment.command_line import PHOTOGRAPH_CHECKPOINT, autocast
 from experiment.evaluation import psnr
-from experiment.tiling import denoise
+from experiment.tiling import TILE, denoise
 from experiment.timing import alternate, peaks_apart, print_head, print_row
 from model_variants import DnCNN, make_yardsticks, vit
 from small_vit import load_model
@@ -94,28 +94,33 @@ def noisy_photograph(name, size=None, sigma=25 / 255):
 
 
 def measure_photograph(effort, device, dtype):
-    """Denoising a photograph by untrained models, DnCNN's of 64 channels: a dict for each."""
+    """Denoising a photograph, in tiles and as one, by untrained models, DnCNN's of 64 channels: a
+    dict for each.
+    """
     noisy, _ = noisy_photograph("astronaut", PHOTOGRAPH)
+    models = {name: make().to(device) for name, make in DENOISERS.items()}
     functions = {
-        name: partial(denoise, make().to(device), noisy, dtype=dtype)
-        for name, make in DENOISERS.items()
+        (name, tile): partial(denoise, model, noisy, tile, dtype=dtype)
+        for tile in (TILE, max(PHOTOGRAPH))
+        for name, model in models.items()
     }
     seconds = alternate(functions, effort.rounds, effort.seconds, device)
-    print_head("a photograph of 481×321", "ms", "ms per megapixel", "peak MiB")
-    rows = []
-    for name in DENOISERS:
-        (peak,) = peaks_apart(photograph_runs, name, device, dtype, device=device)
-        rows.append({"model": name, "seconds": seconds[name], "extra_bytes": peak})
-        ms, megapixels = 1e3 * seconds[name], math.prod(PHOTOGRAPH) / 1e6
-        print_row(name, f"{ms:.1f}", f"{ms / megapixels:,.0f}", f"{peak / 2**20:,.0f}")
+    print_head("a photograph of 481×321", "tile", "ms", "ms per megapixel", "peak MiB")
+    rows, megapixels = [], math.prod(PHOTOGRAPH) / 1e6
+    for name, tile in functions:
+        taken = seconds[name, tile]
+        (peak,) = peaks_apart(photograph_runs, name, tile, device, dtype, device=device)
+        rows.append({"model": name, "tile": tile, "seconds": taken, "extra_bytes": peak})
+        ms, where = 1e3 * taken, str(tile) if tile == TILE else "whole"
+        print_row(name, where, f"{ms:.1f}", f"{ms / megapixels:,.0f}", f"{peak / 2**20:,.0f}")
     return rows
 
 
-def photograph_runs(name, device, dtype):
+def photograph_runs(name, tile, device, dtype):
     """Denoises a small image, then a photograph."""
     model, (noisy, _) = DENOISERS[name]().to(device), noisy_photograph("astronaut", PHOTOGRAPH)
     for image in (noisy[:32, :32], noisy):
-        yield denoise(model, image, dtype=dtype)
+        yield denoise(model, image, tile, dtype=dtype)
 
 
 def measure_tiles(effort, device, dtype):

@@ -194,17 +194,20 @@ def framed(title, rows):
 def results_box(checkpoint, result, device):
     """A framed table of a run's results."""
     recipe, minutes = checkpoint["recipe"], checkpoint["train_seconds"] / 60
+    of_noise = recipe["task"] == "denoise"
+    before, after = ("noisy", "denoised") if of_noise else ("degraded", "restored")
+    experts = "experts, none" if checkpoint["config"].get("capacity") else "experts"
     rows = [
         ("data set", f"{recipe['dataset']}, {len(result.psnr):,} test images"),
-        ("noise" if recipe["task"] == "denoise" else "task", damage_of(recipe)),
+        ("noise" if of_noise else "task", damage_of(recipe)),
         ("parameters", f"{recipe['parameters']:,}"),
         ("training", f"{recipe['epochs']} epochs in {minutes:.1f} min on {device}"),
         ("best epoch", f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}"),
-        ("noisy PSNR", f"{plus_minus(result.noisy_psnr, 2)} dB"),
-        ("denoised PSNR", f"{plus_minus(result.psnr, 2)} dB"),
-        ("denoised SSIM", plus_minus(result.ssim, 4)),
+        (f"{before} PSNR", f"{plus_minus(result.noisy_psnr, 2)} dB"),
+        (f"{after} PSNR", f"{plus_minus(result.psnr, 2)} dB"),
+        (f"{after} SSIM", plus_minus(result.ssim, 4)),
         *(
-            (f"experts, block {block}", " / ".join(f"{100 * p:.1f} %" for p in load))
+            (f"{experts}, block {block}", " / ".join(f"{100 * p:.1f} %" for p in load))
             for block, load in enumerate(result.utilisation, 1)
         ),
     ]

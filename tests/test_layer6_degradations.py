@@ -207,6 +207,7 @@ def restorer(request, folder_of_images, tmp_path_factory):
     process = run_here(experiment, *options, "--task", request.param)
     assert process.returncode == 0, process.stderr
     assert f"║ task              {TASKS[request.param]}" in process.stdout
+    assert "║ restored PSNR" in process.stdout and "noisy" not in process.stdout
     return request.param, path
 
 
