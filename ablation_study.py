@@ -7,7 +7,8 @@
 Every variant has the same data, noise, steps, learning rates and seeds, in the loop of the
 training script. A run that was interrupted goes on where it stopped, since finished trainings are
 read from the output file. Writes a JSON file and, named after it, a Markdown table and a picture of
-PSNR against compute. Those in which a share of the tokens attends are tested with every share.
+PSNR against compute or, with --tiles, against their size. Variants in which a share of the tokens
+attends are tested with every share.
 With --checkpoint, parts of a trained model are replaced instead, and it is tested again.
 """
 
@@ -37,7 +38,7 @@ from experiment.run_files import locked, write_figure, write_text
 from experiment.timing import alternate, count_flops
 from experiment.user_errors import Diverged, UserError, run_main
 from model_variants import VARIANTS, InTiles, replaced_parts
-from small_vit import at_each, count_parameters, load_for_evaluation
+from small_vit import MODELS, at_each, count_parameters, load_for_evaluation
 
 POINT = {"at": str, "psnr": real, "ssim": lambda v: v is None or real(v)}
 POINT["mflops"] = POINT["ssim"]  # None for tiles
@@ -48,6 +49,7 @@ ROW |= {
     "utilisation": lambda v: v is None or loads(v),
 }
 TIMED_IMAGES, TIMED_ROUNDS, TIMED_SECONDS = 64, 9, 60
+TILES_OF = "tiles of "
 
 
 def train_variant(name, model, recipe, train_set, val_set):
@@ -82,7 +84,7 @@ def measure(name, recipe, splits, tiles):
         row["utilisation"] = figures["utilisation"]
     for tile in tiles:
         decibels = mean_psnr(InTiles(model, tile).eval(), test_set, device)
-        point = {"at": f"tiles of {tile}×{tile}", "psnr": decibels, "ssim": None}
+        point = {"at": f"{TILES_OF}{tile}×{tile}", "psnr": decibels, "ssim": None}
         row["points"].append(point | {"mflops": None})
     return row
 
@@ -186,6 +188,8 @@ def draw(rows, recipe):
     found = curves(rows)
     axis.set_prop_cycle(color=plt.get_cmap("turbo")(np.linspace(0, 1, max(1, len(found)))))
     for name, points in found.items():
+        if recipe["tiles"]:
+            points = against_size(points)
         means, stds = zip(*(spread([p["psnr"] for p in of]) for of in points.values()), strict=True)
         places = list(points) if recipe["tiles"] else [of[0]["mflops"] for of in points.values()]
         style = "--" if name.endswith("local") else "-"
@@ -193,12 +197,19 @@ def draw(rows, recipe):
     axis.set(ylabel="PSNR (dB)", title=f"{recipe['dataset']}, {damage_of(recipe)}")
     if recipe["tiles"]:
         axis.set_title(f"Trained on crops of {recipe['crop']}×{recipe['crop']}")
+        axis.set_xlabel("separate tiles (pixels)")
     else:
         axis.set_xlabel("MFLOP per image")
     axis.grid(alpha=0.3)
     if axis.containers:  # none where all have diverged
         axis.legend(fontsize="small")
     return figure
+
+
+def against_size(points):
+    """{size of the tiles, then "whole": points}, of a model with a capacity those with its own."""
+    tiles = {a.removeprefix(TILES_OF): of for a, of in points.items() if a.startswith(TILES_OF)}
+    return tiles | {"whole": points.get("all") or points[at(MODELS["routed"].capacity)]}
 
 
 def measure_replaced_parts(args):

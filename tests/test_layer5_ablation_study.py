@@ -292,6 +292,30 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
     )
 
 
+def test_tiles_are_drawn_in_the_order_of_their_size_and_whole_images_last():
+    def points(*psnrs):
+        places = ("all", "tiles of 16×16", "tiles of 32×32")
+        return [{"at": a, "psnr": p} for a, p in zip(places, psnrs, strict=True)]
+
+    shares = [{"at": a, "psnr": p} for a, p in (("50 %", 1.0), ("25 %", 20.0))]
+    rows = [
+        {"variant": "photographs", "points": points(22.0, 21.0, 23.0)},
+        {"variant": "photographs", "points": points(24.0, 21.0, 23.0)},
+        {
+            "variant": "photographs, capacity, by router",
+            "points": shares + points(0, 19.0, 21.0)[1:],
+        },
+    ]
+    (axis,) = ablation_study.draw(rows, DRAWN | {"tiles": [16, 32], "crop": 16}).axes
+    assert axis.get_title() == "Trained on crops of 16×16"
+    curves = [line.get_ydata().tolist() for (line, *_) in axis.containers]
+    assert curves == [[21.0, 23.0, 23.0], [19.0, 21.0, 20.0]]
+    axis.figure.canvas.draw()
+    labels = [text.get_text() for text in axis.get_xticklabels()]
+    assert labels == ["16×16", "32×32", "whole"]
+    plt.close("all")
+
+
 def test_tiles_are_restored_one_by_one():
     """Each tile by itself: what is changed in one changes nothing in the others."""
 
