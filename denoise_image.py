@@ -148,13 +148,13 @@ def read_model(path, device):
         UserError: it cannot be had, or was not trained on photographs.
     """
     checkpoint = read_checkpoint(path)
+    if checkpoint["recipe"].get("task", "denoise") != "denoise":
+        raise UserError(f"{path} was trained for {damage_of(checkpoint['recipe'])}, not for noise")
     if not checkpoint["recipe"].get("crop"):
         raise UserError(
             f"{path} was trained on thumbnails; name a model for photographs, as "
             "denoising_experiment_proper.py --recipe photographs trains it"
         )
-    if checkpoint["recipe"].get("task", "denoise") != "denoise":
-        raise UserError(f"{path} was trained for {damage_of(checkpoint['recipe'])}, not for noise")
     return build_model(checkpoint, path).to(device)
 
 

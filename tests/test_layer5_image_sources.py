@@ -12,10 +12,13 @@ import torch
 import torchvision
 from PIL import Image, ImageCms
 
+import compare_baselines
 import debug_test_data
 import denoising_experiment_proper as experiment
 from conftest import assert_refused, write_images
-from experiment.image_sources import load_images
+from denoising_experiment_proper import Recipe
+from experiment.evaluation import sharpness, ssim
+from experiment.image_sources import LEAST_SIDE, load_images
 from experiment.noisy_images import noisy_splits
 from experiment.photo_files import Photo, read_photo, read_rgb, write_photo
 from experiment.user_errors import UserError, reason
@@ -362,3 +365,18 @@ def test_what_is_written_can_be_read(tmp_path, suffix, dtype, channels, alpha):
         assert image.info.get("icc_profile") == found.icc_profile
     if suffix in (".png", ".tif"):
         assert (found.pixels == pixels).all()
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_photographs_too_small_for_the_figures_are_skipped(tmp_path, capsys, scale):
+    """SSIM has windows of 7×7; a training would find out in its test, at the very end."""
+    for part in ("train", "test"):
+        for side in (LEAST_SIDE - 1, LEAST_SIDE, LEAST_SIDE + 1):
+            write_images(tmp_path / part / str(side), 1, size=(40, side))
+    recipe = Recipe(task="super-resolution", scale=scale, crop=scale)
+    _, _, test_set = recipe.splits(load_images(tmp_path, crop=scale))
+    assert len(test_set) == 2 and "(40×11 pixels, less than 12)" in capsys.readouterr().err
+    for degraded, clean, _ in test_set.batches():
+        x, y = degraded[0].numpy(), clean[0].numpy()
+        assert np.isfinite([ssim(x, y), sharpness(x, y)]).all()
+        assert np.isfinite(compare_baselines.special_psnr(test_set.degradation, x, x, y))

@@ -252,8 +252,9 @@ def test_a_task_is_not_another(restorer, trained, call):
     checkpoint["recipe"]["crop"] = 32
     torch.save(checkpoint, "whole.pt")
     Image.new("RGB", (40, 40)).save("a.png")
-    process = call(denoise_image, "a.png", "--checkpoint", "whole.pt")
-    assert_refused(process, TASKS[task], "not for noise")
+    for name in (path, "whole.pt"):
+        process = call(denoise_image, "a.png", "--checkpoint", name)
+        assert_refused(process, TASKS[task], "not for noise")
 
 
 @pytest.mark.parametrize(
