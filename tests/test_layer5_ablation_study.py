@@ -250,8 +250,8 @@ def test_every_replaced_part_changes_the_model(vit):
         assert (variant.denoise(noisy) - image).abs().max() > 1e-5, name
 
 
-def test_an_empty_checkpoint_name_is_no_study(study):
-    assert_refused(study("--checkpoint", ""), "no such checkpoint")
+def test_an_empty_checkpoint_name_is_no_study(call):
+    assert_refused(call(ablation_study, "--checkpoint", ""), "no such checkpoint")
 
 
 # Tiles ---------------------------------------------------------------------------------------
