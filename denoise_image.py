@@ -160,8 +160,9 @@ def read_model(path, device):
 
 def parse_args():
     parser = make_parser(
-        "Removes noise from photographs of any size and kind: grey, 16 bits and alpha stay as they "
-        "are, colour profiles are kept, EXIF orientation is applied.",
+        "Removes noise from photographs of any size and kind: grey, alpha and the 16 bits of PNG "
+        "and TIFF stay as they are, colour profiles are kept, EXIF orientation is applied. Of "
+        "several frames or pages it takes the first.",
         "python denoise_image.py holiday/*.jpg --output clean/",
         *("checkpoint", "device", "threads", "dtype"),
     )

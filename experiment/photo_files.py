@@ -143,6 +143,7 @@ def deep_pixels(image, file):
         Image.open(file, formats=["PNG"]).verify()
         file.seek(0)
     content = np.frombuffer(file.read(), np.uint8)
+    cv2.utils.logging.setLogLevel(0)  # of damage it prints pages, and we a sentence
     array = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype != np.uint16:
         raise ValueError("an image of 16 bits that is damaged, or of an unknown layout")

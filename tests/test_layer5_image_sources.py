@@ -367,6 +367,15 @@ def test_what_is_written_can_be_read(tmp_path, suffix, dtype, channels, alpha):
         assert (found.pixels == pixels).all()
 
 
+def test_of_a_damaged_file_no_decoder_speaks_by_itself(tmp_path, capfd):
+    tifffile.imwrite(tmp_path / "a.tif", np.full((32, 32), 9000, np.uint16))
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:1000])
+    cv2.utils.logging.setLogLevel(3)
+    with pytest.raises(ValueError, match="damaged"):
+        read_photo(tmp_path / "a.tif")
+    assert not capfd.readouterr().err
+
+
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_photographs_too_small_for_the_figures_are_skipped(tmp_path, capsys, scale):
     """SSIM has windows of 7×7; a training would find out in its test, at the very end."""
