@@ -31,7 +31,7 @@ from denoising_experiment_proper import BUDGETS, RECIPES, recipe_of, train
 from experiment.checkpoints import check, check_same_recipe, loads, real, whole
 from experiment.command_line import add_output, make_parser, number, select_device
 from experiment.cuda_graphs import ReplayedModel
-from experiment.degradations import DEFAULTS, damage_of
+from experiment.degradations import damage_of
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, spread
 from experiment.image_sources import SIZE, load_images
 from experiment.run_files import locked, write_figure, write_text
@@ -50,6 +50,7 @@ ROW |= {
 }
 TIMED_IMAGES, TIMED_ROUNDS, TIMED_SECONDS = 64, 9, 60
 TILES_OF = "tiles of "
+OF_A_TEST = ("checkpoint", "dataset", "data_dir", "noise_level", "device", "threads")  # options
 
 
 def train_variant(name, model, recipe, train_set, val_set):
@@ -194,12 +195,11 @@ def draw(rows, recipe):
         places = list(points) if recipe["tiles"] else [of[0]["mflops"] for of in points.values()]
         style = "--" if name.endswith("local") else "-"
         axis.errorbar(places, means, stds, fmt=f".{style}", capsize=3, label=name)
-    axis.set(ylabel="PSNR (dB)", title=f"{recipe['dataset']}, {damage_of(recipe)}")
+    title = f"{recipe['dataset']}, {damage_of(recipe)}"
     if recipe["tiles"]:
-        axis.set_title(f"Trained on crops of {recipe['crop']}×{recipe['crop']}")
-        axis.set_xlabel("separate tiles (pixels)")
-    else:
-        axis.set_xlabel("MFLOP per image")
+        title += f", trained on crops of {recipe['crop']}×{recipe['crop']}"
+    place = "separate tiles (pixels)" if recipe["tiles"] else "MFLOP per image"
+    axis.set(ylabel="PSNR (dB)", xlabel=place, title=title)
     axis.grid(alpha=0.3)
     if axis.containers:  # none where all have diverged
         axis.legend(fontsize="small")
@@ -330,17 +330,17 @@ def parse_args():
         "PSNR against their size (default: none)",
     )
     add_output(parser, "ablation_study.json", "figures to write")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.tiles = sorted(set(args.tiles))
+    for name, value in vars(args).items() if args.checkpoint is not None else ():
+        if name not in OF_A_TEST and value != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} is of trainings; drop it or --checkpoint")
+    return args
 
 
 def main():
     args = parse_args()
     if args.checkpoint is not None:
-        if args.tiles:
-            raise UserError("--tiles are for variants that are trained; drop it or --checkpoint")
-        for name in ("noise_map", *DEFAULTS):
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} is of trainings; drop --checkpoint")
         if args.noise_level and args.noise_level[0] < args.noise_level[1]:
             raise UserError("--noise-level: name one σ beside --checkpoint")
         return measure_replaced_parts(args)
@@ -357,6 +357,9 @@ def run_study(args, recipe, files, device):
         raise UserError(f"--noise-level {recipe.noise_level[1]:g}: there is no noise to remove")
     source = load_images(args.dataset or "cifar10", args.data_dir, crop=recipe.crop)
     splits = recipe.splits(source)
+    largest = max(max(image.shape[1:]) for image in splits[2].split.images)
+    if args.tiles and args.tiles[-1] > largest:
+        raise UserError(f"--tiles {args.tiles[-1]}: no test image has more than {largest} pixels")
     recipe = recipe.of_steps(splits[0])
     settings = {
         "dataset": source.name,

@@ -30,13 +30,13 @@ from experiment.command_line import (
 )
 from experiment.cuda_graphs import ReplayedModel
 from experiment.degradations import damage_of
-from experiment.photo_files import FORMATS, read_photo, write_photo
+from experiment.photo_files import FORMATS, WRITTEN, read_photo, write_photo
 from experiment.run_files import place_of, write_figure
-from experiment.tiling import OVERLAP, TILE, denoise, estimate_noise, middle
+from experiment.tiling import OVERLAP, PROBE, TILE, denoise, estimate_noise, middle
 from experiment.user_errors import UserError, printable, reason, run_main
 from small_vit import build_model
 
-SUFFIX = "_denoised"
+SUFFIX, COMPARED = "_denoised", "_compare"  # ends of the names that are written
 
 
 def find_images(names):
@@ -50,24 +50,37 @@ def find_images(names):
     for name in names:
         paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if os.path.isdir(name):
-            paths = sorted(str(path) for path in Path(name).iterdir() if path.is_file())
-            paths = [path for path in paths if Path(path).suffix.lower() in known]
-            paths = [path for path in paths if not Path(path).stem.endswith(SUFFIX)]
+            try:
+                paths = sorted(path for path in Path(name).iterdir() if path.is_file())
+            except OSError as error:
+                raise UserError(f"cannot read {name}: {error.strerror}") from None
+            paths = [path for path in paths if path.suffix.lower() in known]
+            paths = [path for path in paths if not path.stem.endswith((SUFFIX, SUFFIX + COMPARED))]
+            paths = [path for path in paths if not path.name.startswith(".")]
         if not paths:
             raise UserError(f"{name}: no image there; name image files, folders or wildcards")
         found |= dict.fromkeys(map(Path, paths))
     return list(found)
 
 
-def choose_outputs(paths, output, overwrite):
+def comparison_of(output):
+    return output.with_name(f"{output.stem}{COMPARED}.png")
+
+
+def choose_outputs(paths, output, overwrite, compare=False):
     """{input: output}; by default the input's name with _denoised.png, beside it.
 
     Raises:
-        UserError: an output is there already, would be written twice, or cannot be written.
+        UserError: an output, or its comparison, is there already, is an input, would be written
+            twice, or cannot be written.
     """
     folder = output and (len(paths) > 1 or os.path.isdir(output) or output.endswith(os.sep))
     if folder and os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"--output {output}: name a folder for {len(paths)} images")
+    if output and not folder and Path(output).suffix.lower() not in WRITTEN:
+        kinds = f"a file of {', '.join(WRITTEN)}"
+        raise UserError(f"--output {output}: name {kinds}, or a folder, with {os.sep} at its end")
+    inputs, written = set(map(os.path.realpath, paths)), set()
     stems, chosen = Counter((folder or path.parent, path.stem) for path in paths), {}
     for path in paths:
         alone = stems[folder or path.parent, path.stem] == 1
@@ -75,15 +88,23 @@ def choose_outputs(paths, output, overwrite):
         new = path.with_name(f"{name}{SUFFIX}.png")
         if output:
             new = Path(output) / new.name if folder else Path(output)
-        if new in chosen.values():
-            raise UserError(f"{new} would be written twice; name the images one by one")
-        if os.path.lexists(new) and not overwrite:
-            raise UserError(f"{new} is there already; give --overwrite to replace it")
+        for file in (new, comparison_of(new)) if compare else (new,):
+            place = os.path.realpath(file)
+            if place in written:
+                raise UserError(f"{file} would be written twice; name the images one by one")
+            if os.path.lexists(file) and not overwrite:
+                raise UserError(f"{file} is there already; give --overwrite to replace it")
+            if place in inputs and (file != new or place != os.path.realpath(path)):
+                raise UserError(f"{file} is an image to read and would be replaced; leave it out")
+            written.add(place)
         chosen[path] = new
     if folder:
-        os.makedirs(output, exist_ok=True)
-    for new in chosen.values():
-        place_of(new)
+        try:
+            os.makedirs(output, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {output}: {error.strerror}; name another") from None
+    for place in written:
+        place_of(place)
     return chosen
 
 
@@ -92,10 +113,9 @@ def draw_comparison(before, after, name):
     before, after = (middle(a) / np.float32(np.iinfo(a.dtype).max) for a in (before, after))
     removed = np.clip(0.5 + 4 * (before - after), 0, 1)
     height, width = before.shape[:2]
-    scale = max(1, 300 / width)  # inches are hundredths of a pixel
-    figure, axes = plt.subplots(
-        1, 3, figsize=(3 * scale * width / 100, scale * height / 100 + 0.4), layout="constrained"
-    )
+    scale = max(1, min(300 / width, PROBE / height))  # of a pixel, in hundredths of an inch
+    size = (3 * max(300, scale * width) / 100, scale * height / 100 + 0.4)
+    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained")
     titles = ("before", "after", "removed, ×4")
     for axis, image, title in zip(axes, (before, after, removed), titles, strict=True):
         axis.imshow(np.broadcast_to(image, (height, width, 3)), interpolation="nearest")
@@ -115,7 +135,7 @@ def denoise_file(path, output, model, args):
     seconds = time.perf_counter() - started
     if args.compare:
         figure = draw_comparison(photo.pixels, pixels, path.name)
-        write_figure(figure, output.with_name(f"{output.stem}_compare.png"), dpi=100)
+        write_figure(figure, comparison_of(output), dpi=100)
     height, width = pixels.shape[:2]
     noise = f"noise {estimate_noise(photo.pixels):.4f} → {estimate_noise(pixels):.4f}"
     tqdm.write(printable(f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"))
@@ -128,20 +148,21 @@ def read_model(path, device):
         UserError: it cannot be had, or was not trained on photographs.
     """
     checkpoint = read_checkpoint(path)
+    if checkpoint["recipe"].get("task", "denoise") != "denoise":
+        raise UserError(f"{path} was trained for {damage_of(checkpoint['recipe'])}, not for noise")
     if not checkpoint["recipe"].get("crop"):
         raise UserError(
             f"{path} was trained on thumbnails; name a model for photographs, as "
             "denoising_experiment_proper.py --recipe photographs trains it"
         )
-    if checkpoint["recipe"].get("task", "denoise") != "denoise":
-        raise UserError(f"{path} was trained for {damage_of(checkpoint['recipe'])}, not for noise")
     return build_model(checkpoint, path).to(device)
 
 
 def parse_args():
     parser = make_parser(
-        "Removes noise from photographs of any size and kind: grey, 16 bits and alpha stay as they "
-        "are, colour profiles are kept, EXIF orientation is applied.",
+        "Removes noise from photographs of any size and kind: grey, alpha and the 16 bits of PNG "
+        "and TIFF stay as they are, colour profiles are kept, EXIF orientation is applied. Of "
+        "several frames or pages it takes the first.",
         "python denoise_image.py holiday/*.jpg --output clean/",
         *("checkpoint", "device", "threads", "dtype"),
     )
@@ -172,7 +193,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    outputs = choose_outputs(find_images(args.images), args.output, args.overwrite)
+    outputs = choose_outputs(find_images(args.images), args.output, args.overwrite, args.compare)
     model = ReplayedModel(read_model(args.checkpoint, select_device(args.device, args.threads)))
     failed = []
     for path, output in tqdm(outputs.items(), "images", unit="img", leave=False, disable=None):

@@ -114,7 +114,10 @@ class Recipe:
         """(train, val, test) NoisyImageDatasets of an image source."""
         side, degradation = self.crop or SIZE, degradation_in(asdict(self))
         if degradation and side % degradation.multiple:
-            raise UserError(f"--scale {self.scale} does not divide the {side} pixels of a crop")
+            raise UserError(
+                f"--scale {self.scale} does not divide the {side} pixels of a training image; "
+                "give a --crop that it divides"
+            )
         kind = (self.lossless_share, not self.unclipped, self.noise_map, degradation)
         return noisy_splits(source, self.noise_level, *kind)
 

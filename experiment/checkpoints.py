@@ -7,7 +7,14 @@ import zipfile
 import torch
 
 from experiment.data_parallel import rank
-from experiment.degradations import DEFAULTS, DRAWS, OPTIONS_OF, SCALES
+from experiment.degradations import (
+    BEST_QUALITY,
+    DEFAULTS,
+    DRAWS,
+    MOST_HOLES,
+    OPTIONS_OF,
+    SCALES,
+)
 from experiment.muon import state_shapes
 from experiment.run_files import csv_text, replace_when_complete, write_text
 from experiment.user_errors import Diverged, UserError
@@ -31,6 +38,21 @@ def noise(value):
     if len(pair) != 2 or not all(map(real, pair)):
         return False
     return pair[0] == pair[1] or 0 < pair[0] < pair[1]
+
+
+def ascending(value):
+    """A check: of a σ and a pair of it, the pair of two."""
+    return isinstance(value, list) and value[0] < value[1]
+
+
+def pair(one, most):
+    """A check: a list of two that ascend, each of a check, above 0 and at most `most`."""
+    return lambda value: (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(map(one, value))
+        and 0 < value[0] <= value[1] <= most
+    )
 
 
 def weights(value):
@@ -62,8 +84,8 @@ LATER |= {"noise_map": lambda v: isinstance(v, str) and v in DRAWS}
 LATER |= {"task": lambda v: isinstance(v, str) and v in OPTIONS_OF}
 LATER |= {
     "scale": lambda v: type(v) is int and v in SCALES,
-    "holes": lambda v: isinstance(v, list) and noise(v),
-    "quality": lambda v: isinstance(v, list) and len(v) == 2 and all(map(whole(1), v)),
+    "holes": pair(real, MOST_HOLES),
+    "quality": pair(whole(1), BEST_QUALITY),
 }
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
 ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
@@ -103,7 +125,7 @@ def check(value, kind, path, name=""):
                 raise UserError(f"{path} does not hold {where}; {ADVICE}")
             check(value[key], inner, path, where)
     elif not (isinstance(value, kind) if isinstance(kind, type) else kind(value)):
-        shown = repr(value) if isinstance(value, int | float | str) else type(value).__name__
+        shown = repr(value) if isinstance(value, int | float | str | list) else type(value).__name__
         raise UserError(f"{path}: {name or 'its content'} cannot be {shown:.60}; {ADVICE}")
 
 
@@ -130,6 +152,9 @@ def read_checkpoint(path):
     check(checkpoint, CHECKPOINT, path)
     for part, kinds, name in ((checkpoint, IF_THERE, ""), (checkpoint["recipe"], LATER, "recipe")):
         check(part, {key: kind for key, kind in kinds.items() if key in part}, path, name)
+    recipe = checkpoint["recipe"]
+    if recipe.get("noise_map", "uniform") != "uniform":  # which lies between two values
+        check(recipe["noise_level"], ascending, path, "recipe.noise_level")
     return checkpoint
 
 

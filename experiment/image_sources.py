@@ -23,6 +23,7 @@ from experiment.photo_files import read_rgb
 from experiment.user_errors import UserError, printable, reason
 
 SIZE = 32  # side of a thumbnail, pixels
+LEAST_SIDE = 12  # of a photograph: SSIM has windows of 7×7, super-resolution leaves out a border
 VALIDATION_SHARE = 0.2  # CIFAR-10: 40,000 / 10,000 of the 50,000 training images
 WHOLE_VALIDATION_SHARE = 0.05  # of photographs, which have thousands of times the pixels
 CROPS_PER_FILE = 64  # at most, from one large image of a folder
@@ -227,6 +228,11 @@ def _load_folder(folder, data_dir, seed, crop, test_only):
     return ImageSource(name, str(folder.resolve()), train, val, test, classes)
 
 
+def least_side(crop):
+    """Of an image that can be used, pixels."""
+    return max(crop, LEAST_SIDE) if crop else SIZE
+
+
 def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     """(Split, int64 [n], the file that each image is from) of image files, of `fewest` at least."""
     decode = partial(_decode, folder, paths, crop)
@@ -238,9 +244,10 @@ def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
         skipped = f"skipped {len(found['skipped'])} of {len(paths)} files in {folder}: {named}"
     files, group = np.unique(found["files"], return_inverse=True)
     if len(files) < fewest:
+        least = least_side(crop)
         raise UserError(
             f"{folder} holds {len(files)} readable image files of at least "
-            f"{crop or SIZE}×{crop or SIZE} pixels; training takes 2 or more and testing 1"
+            f"{least}×{least} pixels; training takes 2 or more and testing 1"
             + (f" ({skipped})" if skipped else "")
         )
     if skipped:
@@ -268,7 +275,7 @@ def _decode(folder, paths, crop):
     """What image files hold: "images", whole where there is a crop, otherwise [n, 32, 32, 3]; for
     each the index of its file, "files", and whether that is "lossless"; which were "skipped".
     """
-    images, lossless, files, skipped, least = [], [], [], [], crop or SIZE
+    images, lossless, files, skipped, least = [], [], [], [], least_side(crop)
     for index, path in enumerate(
         tqdm(paths, f"reading {folder.name}", unit="file", leave=False, disable=None)
     ):

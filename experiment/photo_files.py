@@ -17,6 +17,7 @@ from experiment.user_errors import UserError
 # Read by Pillow itself: others, such as EPS, start programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF")
 LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # as a rule; TIFF and WebP are asked
+WRITTEN = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # others lose alpha or profile
 GREY_MODES = ("1", "L", "LA", "La")
 ORIENTATION = 0x0112  # EXIF tag
 
@@ -53,7 +54,7 @@ def read_photo(path):
         try:
             image = Image.open(file, formats=formats)
         except UnidentifiedImageError:
-            raise ValueError(f"no image of {', '.join(FORMATS)}") from None
+            raise ValueError(f"no image of {', '.join(FORMATS)}, or of a rare layout") from None
         with image:
             lossless, profile = stored_lossless(image, file), image.info.get("icc_profile")
             deep = is_deep(image, file)
@@ -119,15 +120,19 @@ def is_deep(image, file):
         return file.read(1) == b"\x10"
     if image.format != "TIFF":
         return False
-    bits, photometric, planar, signed = (image.tag_v2.get(tag) for tag in (258, 262, 284, 339))
+    tags = (258, 262, 284, 338, 339)
+    bits, photometric, planar, extra, signed = (image.tag_v2.get(tag) for tag in tags)
     bits = set(bits) if isinstance(bits, tuple) else {bits or 1}
     if not bits <= {1, 2, 4, 8, 16, 32}:
         shown = ", ".join(map(str, sorted(bits)))  # of a damaged file, thousands
         raise ValueError(f"TIFF of {shown:.60} bits; save it with 8 or 16")
     if 2 in (signed if isinstance(signed, tuple) else (signed,)):
         raise ValueError("TIFF of signed numbers, of a range that the file does not tell")
-    if bits == {16} and (photometric == 0 or planar == 2):
-        raise ValueError("TIFF of 16 bits, inverted or in planes; save it in another way")
+    premultiplied = extra in (1, (1,))  # colours by alpha, which Pillow undoes for 8 bits
+    if bits == {16} and (photometric == 0 or planar == 2 or premultiplied):
+        raise ValueError(
+            "TIFF of 16 bits, inverted, in planes or premultiplied; save it in another way"
+        )
     return bits == {16}
 
 
@@ -138,6 +143,7 @@ def deep_pixels(image, file):
         Image.open(file, formats=["PNG"]).verify()
         file.seek(0)
     content = np.frombuffer(file.read(), np.uint8)
+    cv2.utils.logging.setLogLevel(0)  # of damage it prints pages, and we a sentence
     array = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if array is None or array.dtype != np.uint16:
         raise ValueError("an image of 16 bits that is damaged, or of an unknown layout")
@@ -190,19 +196,26 @@ def write_photo(photo, path):
         UserError: it cannot be written, or not in this format.
     """
     array, profile, suffix = photo.pixels, photo.icc_profile, path.suffix.lower()
+    deep, grey = array.dtype == np.uint16, array.shape[2] == 1
     if photo.alpha is not None:
         array = np.concatenate([array, photo.alpha], axis=2)
-    array = np.ascontiguousarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    tiff = suffix in (".tif", ".tiff")
+    # WebP has no grey, and Pillow reads no TIFF of 16 bits that is grey with alpha: as colours,
+    # to which a profile of grey does not belong.
+    if grey and (suffix == ".webp" or (tiff and deep and array.shape[2] == 2)):
+        array, profile, grey = array[:, :, [0, 0, 0, 1][: array.shape[2] + 2]], None, False
+    array = np.ascontiguousarray(array)
+    shown = array[:, :, 0] if array.shape[2] == 1 else array
     with replace_when_complete(path) as temporary:
         try:
-            if suffix in (".tif", ".tiff"):
-                colours = "rgb" if photo.pixels.shape[2] == 3 else "minisblack"
+            if tiff:
+                colours = "minisblack" if grey else "rgb"
                 extra = ["unassalpha"] if photo.alpha is not None else None
                 kind = {"photometric": colours, "extrasamples": extra, "compression": "zlib"}
-                tifffile.imwrite(temporary, array, iccprofile=profile, planarconfig=1, **kind)
-            elif array.dtype != np.uint16:
-                quality = {"quality": 95} if suffix in (".jpg", ".jpeg", ".webp") else {}
-                Image.fromarray(array).save(temporary, icc_profile=profile, **quality)
+                tifffile.imwrite(temporary, shown, iccprofile=profile, planarconfig=1, **kind)
+            elif not deep:
+                quality = {} if suffix == ".png" else {"quality": 95}
+                Image.fromarray(shown).save(temporary, icc_profile=profile, **quality)
             elif suffix == ".png":
                 temporary.write_bytes(deep_png(array, profile))
             else:
@@ -215,13 +228,18 @@ def write_photo(photo, path):
 
 
 def deep_png(array, profile):
-    """The bytes of a PNG of 16 bits; uint16 [h, w] or [h, w, C], grey with alpha as colours."""
-    if array.ndim == 3:
-        blue_first = {2: [0, 0, 0, 1], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[array.shape[2]]
-        array = np.ascontiguousarray(array[:, :, blue_first])
-    content = cv2.imencode(".png", array)[1].tobytes()
-    if profile:  # OpenCV has no place for it: a chunk after the signature and the header
-        chunk = b"iCCP" + b"ICC profile\0\0" + zlib.compress(profile)
-        chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        content = content[:33] + chunk + content[33:]
-    return content
+    """The bytes of a PNG of uint16 [h, w, C], grey or colours, with alpha or without; neither
+    Pillow nor OpenCV writes all of them, nor the profile.
+    """
+    height, width, channels = array.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = array.astype(">u2").reshape(height, -1).view(np.uint8)
+    rows = np.diff(rows, axis=0, prepend=np.uint8(0))  # filter 2: less the byte above
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
+    chunks += [(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))] if profile else []
+    chunks += [(b"IDAT", zlib.compress(np.pad(rows, ((0, 0), (1, 0)), constant_values=2), 3))]
+    content = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in (*chunks, (b"IEND", b"")):
+        content += [struct.pack(">I", len(data)), name, data]
+        content += [struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))]
+    return b"".join(content)

@@ -250,8 +250,8 @@ def test_every_replaced_part_changes_the_model(vit):
         assert (variant.denoise(noisy) - image).abs().max() > 1e-5, name
 
 
-def test_an_empty_checkpoint_name_is_no_study(study):
-    assert_refused(study("--checkpoint", ""), "no such checkpoint")
+def test_an_empty_checkpoint_name_is_no_study(call):
+    assert_refused(call(ablation_study, "--checkpoint", ""), "no such checkpoint")
 
 
 # Tiles ---------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
     options = ("--dataset", tmp_path / "few", "--recipe", "photographs", "--crop", 16)
     options += ("--steps", 1, "--schedule", "step", "--seeds", 0, 1)
     names = ("photographs", "photographs, dense")
-    process = call(ablation_study, *options, "--variants", *names, "--tiles", 16, 32)
+    process = call(ablation_study, *options, "--variants", *names, "--tiles", 32, 16, 32)
     assert process.returncode == 0, process.stderr
     rows = json.loads(Path("ablation_study.json").read_text())["rows"]
     places = ["all", "tiles of 16×16", "tiles of 32×32"]
@@ -285,8 +285,8 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
         Path("ablation_study.json").write_text(json.dumps(study))
         process = call(ablation_study, *options, "--variants", *names, "--tiles", 16, 32)
         assert_refused(process, "ablation_study.json", "no result of this script")
-    checkpoint = ("--checkpoint", "some.pt", "--tiles", 16)
-    assert_refused(call(ablation_study, *checkpoint), "--tiles", "--checkpoint")
+    process = call(ablation_study, *options, "--tiles", 16, 64, "--output", "new.json")
+    assert_refused(process, "--tiles 64: no test image has more than 50 pixels")
     assert_refused(
         call(ablation_study, "--dataset", "photos", "--tiles", 16), "--recipe photographs"
     )
@@ -307,7 +307,7 @@ def test_tiles_are_drawn_in_the_order_of_their_size_and_whole_images_last():
         },
     ]
     (axis,) = ablation_study.draw(rows, DRAWN | {"tiles": [16, 32], "crop": 16}).axes
-    assert axis.get_title() == "Trained on crops of 16×16"
+    assert axis.get_title() == "photos, σ = 0.05 to 0.4 (ramp), trained on crops of 16×16"
     curves = [line.get_ydata().tolist() for (line, *_) in axis.containers]
     assert curves == [[21.0, 23.0, 23.0], [19.0, 21.0, 20.0]]
     axis.figure.canvas.draw()

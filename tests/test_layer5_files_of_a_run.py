@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import ablation_study
+import denoise_image
 import denoising_experiment_proper as experiment
 from conftest import SHORT, assert_refused, interrupted_in_epoch
 from experiment.checkpoints import write_checkpoint
@@ -106,6 +108,41 @@ def test_a_lock_removes_its_own_files_alone(tmp_path):
     with pytest.raises(UserError, match="create it"), locked([tmp_path / "no" / "m.pt"]):
         pass
     assert not (tmp_path / "no").exists()
+
+
+# Denoised photographs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "arguments", "words"),
+    [
+        (("a.png", "a_denoised.png"), ("a.png", "a_denoised.png"), "a_denoised.png is an image to"),
+        (("a.png", "a_denoised_compare.png"), ("a.png",), "a_denoised_compare.png is there"),
+        (("a_compare.png",), ("a_compare.png", "--output", "a.png"), "a_compare.png is an image"),
+        (("a.png",), ("a.png", "b/../a.png"), "written twice"),
+        (("a.png",), ("a.png", "--output", "a.ico"), "--output a.ico: name a file of .png, .tif"),
+        (("a.png",), ("a.png", "--output", "clean"), "or a folder, with / at its end"),
+        (("a.png",), ("a.png", "--output", "a.png/b/"), "cannot write to a.png/b/: Not a"),
+    ],
+)
+def test_no_photograph_is_lost(call, there, arguments, words):
+    """Neither one that is read, nor another by the picture of --compare."""
+    Path("b").mkdir()
+    for name in there:
+        Image.new("RGB", (20, 20)).save(name)
+    overwrite = [] if "is there" in words else ["--overwrite"]
+    assert_refused(call(denoise_image, *arguments, "--compare", *overwrite), words)
+    assert {p.name for p in Path().iterdir()} == {"b", *there}
+
+
+def test_of_a_folder_neither_results_nor_hidden_files_are_read(call):
+    for name in ("a.png", ".b.png", "c_denoised.png", "c_denoised_compare.png"):
+        Image.new("RGB", (1, 1000)).save(name)  # of which a picture is still drawn
+    process = call(denoise_image, ".", "--compare")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("\n") == 1 and process.stdout.startswith("a.png  1×1000")
+    with Image.open("a_denoised_compare.png") as picture:
+        assert max(picture.size) < 2000
 
 
 # Writing -------------------------------------------------------------------------------------

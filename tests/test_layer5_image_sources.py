@@ -10,15 +10,20 @@ import pytest
 import tifffile
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageCms
 
+import compare_baselines
 import debug_test_data
 import denoising_experiment_proper as experiment
 from conftest import assert_refused, write_images
-from experiment.image_sources import load_images
+from denoising_experiment_proper import Recipe
+from experiment.evaluation import sharpness, ssim
+from experiment.image_sources import LEAST_SIDE, load_images
 from experiment.noisy_images import noisy_splits
 from experiment.photo_files import Photo, read_photo, read_rgb, write_photo
 from experiment.user_errors import UserError, reason
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 # Sources -------------------------------------------------------------------------------------
 
@@ -198,10 +203,14 @@ def test_turned_photographs_are_turned_back(tmp_path, suffix, mode):
 
 
 @pytest.mark.parametrize(
-    "layout", [{"photometric": "miniswhite"}, {"photometric": "rgb", "planarconfig": "separate"}]
+    ("layout", "shape"),
+    [
+        ({"photometric": "miniswhite"}, (32, 32)),
+        ({"photometric": "rgb", "planarconfig": "separate"}, (3, 32, 32)),
+        ({"photometric": "rgb", "extrasamples": ["assocalpha"]}, (32, 32, 4)),
+    ],
 )
-def test_tiffs_of_which_other_values_would_be_read_are_refused(tmp_path, layout):
-    shape = (3, 32, 32) if "planarconfig" in layout else (32, 32)
+def test_tiffs_of_which_other_values_would_be_read_are_refused(tmp_path, layout, shape):
     tifffile.imwrite(tmp_path / "odd.tif", np.full(shape, 9000, dtype=np.uint16), **layout)
     with pytest.raises(ValueError, match="16 bits"):
         read_rgb(tmp_path / "odd.tif")
@@ -326,3 +335,57 @@ def test_a_stumbling_decoder_speaks_of_damage(tmp_path):
         read_rgb(tmp_path / "a.png")
     assert reason(caught.value).startswith("damaged")
     assert reason(ValueError("too wide")) == "too wide" and "memory" in reason(MemoryError())
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg", ".webp"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_what_is_written_can_be_read(tmp_path, suffix, dtype, channels, alpha):
+    """With profile and alpha, or it is refused; values stay where the format has no loss."""
+    values = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (7, 5, 4), dtype)
+    pixels, profile = values[:, :, :channels], SRGB
+    if channels == 1:
+        profile = SRGB[:16] + b"GRAY" + SRGB[20:]
+    path = tmp_path / f"a{suffix}"
+    photo = Photo(pixels, values[:, :, 3:] if alpha else None, profile)
+    if (dtype == np.uint16 and suffix in (".jpg", ".webp")) or (alpha and suffix == ".jpg"):
+        with pytest.raises(UserError, match="name a"):
+            write_photo(photo, path)
+        return
+    write_photo(photo, path)
+    found = read_photo(path)
+    assert found.pixels.dtype == dtype and (found.alpha is not None) == alpha
+    assert not alpha or (found.alpha == photo.alpha).all()
+    # Grey becomes colour where no such file is read by Pillow, without its profile.
+    grey = suffix != ".webp" and not (suffix == ".tif" and alpha and dtype == np.uint16)
+    assert found.pixels.shape[2] == (channels if grey else 3)
+    assert found.icc_profile == (profile if grey or channels == 3 else None)
+    with Image.open(path) as image:
+        assert image.info.get("icc_profile") == found.icc_profile
+    if suffix in (".png", ".tif"):
+        assert (found.pixels == pixels).all()
+
+
+def test_of_a_damaged_file_no_decoder_speaks_by_itself(tmp_path, capfd):
+    tifffile.imwrite(tmp_path / "a.tif", np.full((32, 32), 9000, np.uint16))
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:1000])
+    cv2.utils.logging.setLogLevel(3)
+    with pytest.raises(ValueError, match="damaged"):
+        read_photo(tmp_path / "a.tif")
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_photographs_too_small_for_the_figures_are_skipped(tmp_path, capsys, scale):
+    """SSIM has windows of 7×7; a training would find out in its test, at the very end."""
+    for part in ("train", "test"):
+        for side in (LEAST_SIDE - 1, LEAST_SIDE, LEAST_SIDE + 1):
+            write_images(tmp_path / part / str(side), 1, size=(40, side))
+    recipe = Recipe(task="super-resolution", scale=scale, crop=scale)
+    _, _, test_set = recipe.splits(load_images(tmp_path, crop=scale))
+    assert len(test_set) == 2 and "(40×11 pixels, less than 12)" in capsys.readouterr().err
+    for degraded, clean, _ in test_set.batches():
+        x, y = degraded[0].numpy(), clean[0].numpy()
+        assert np.isfinite([ssim(x, y), sharpness(x, y)]).all()
+        assert np.isfinite(compare_baselines.special_psnr(test_set.degradation, x, x, y))

@@ -252,8 +252,9 @@ def test_a_task_is_not_another(restorer, trained, call):
     checkpoint["recipe"]["crop"] = 32
     torch.save(checkpoint, "whole.pt")
     Image.new("RGB", (40, 40)).save("a.png")
-    process = call(denoise_image, "a.png", "--checkpoint", "whole.pt")
-    assert_refused(process, TASKS[task], "not for noise")
+    for name in (path, "whole.pt"):
+        process = call(denoise_image, "a.png", "--checkpoint", name)
+        assert_refused(process, TASKS[task], "not for noise")
 
 
 @pytest.mark.parametrize(
@@ -286,10 +287,18 @@ def test_impossible_tasks_end_in_a_sentence(call, folder, options, words):
         ("--quality", 10, 40),
         ("--noise-map", "ramp"),
         ("--noise-level", 0.1, 0.2),
+        ("--tiles", 16),
+        ("--recipe", "quick"),
+        ("--steps", 1),
+        ("--no-flip",),
+        ("--variants", "quick"),
+        ("--seeds", 1),
+        ("--output", "other.json"),
     ],
 )
 def test_parts_are_replaced_in_a_model_as_it_was_trained(call, option):
-    assert_refused(call(ablation_study, "--checkpoint", "m.pt", *option), option[0], "--checkpoint")
+    process = call(ablation_study, "--checkpoint", "m.pt", *option)
+    assert_refused(process, option[0].replace("--no-f", "--f"), "--checkpoint")
 
 
 def test_no_share_is_too_small_for_a_hole():
