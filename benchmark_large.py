@@ -21,7 +21,7 @@ PHOTOGRAPH = (321, 481)  # height and width of those of the field's first data s
 DENOISERS = {
     "photographs": vit("photographs"),
     "dense": vit("photographs", k_attend=(ALL_KEYS,)),
-    "a quarter attends": vit("photographs", capacity=0.25),
+    "a quarter attends": vit("routed-photographs"),
     "DnCNN of 20 layers": partial(DnCNN, depth=20),
 }
 

@@ -327,7 +327,7 @@ for local in (False, True):
         for name, choice in CHOICES.items()
     }
 VARIANTS |= {
-    f"photographs, capacity, by {name}": vit("photographs", CHOICES[name], capacity=0.25)
+    f"photographs, capacity, by {name}": vit("routed-photographs", CHOICES[name])
     for name in ("router", "pattern")
 }
 

@@ -91,6 +91,7 @@ MODELS["photographs"] = ViTConfig(
     positions=False,
     local=True,
 )
+MODELS["routed-photographs"] = replace(MODELS["photographs"], capacity=0.25)
 
 
 class TransformerBlock(nn.Module):
