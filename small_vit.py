@@ -80,7 +80,8 @@ MODELS["quick"] = replace(MODELS["refined"], k_attend=(64,), conv_depth=2, local
 # A quarter of the tokens attends by default, wherever the router sends them.
 MODELS["routed"] = ViTConfig(k_attend=(64,), local=True, capacity=0.25)
 # No positions: a photograph has other and more of them than a crop. A budget far below the tokens
-# of a crop: attention to all keys fades more where there are many more of them.
+# of a crop: attention to all keys seemed to fade more where there are many more of them, which the
+# study in FINAL_REPORT.md did not confirm.
 MODELS["photographs"] = ViTConfig(
     image_size=64,
     num_heads=1,
