@@ -330,6 +330,9 @@ VARIANTS |= {
     f"photographs, capacity, by {name}": vit("routed-photographs", CHOICES[name])
     for name in ("router", "pattern")
 }
+VARIANTS["photographs, dense, capacity, by router"] = vit(
+    "routed-photographs", k_attend=(ALL_KEYS,)
+)
 
 # Yardsticks of the benchmark -----------------------------------------------------------------
 
