@@ -233,11 +233,15 @@ def deep_png(array, profile):
     """
     height, width, channels = array.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    rows = array.astype(">u2").reshape(height, -1).view(np.uint8)
-    rows = np.diff(rows, axis=0, prepend=np.uint8(0))  # filter 2: less the byte above
+    packer, above, packed = zlib.compressobj(3), np.uint8(0), []
+    for row in array.reshape(height, -1):  # one by one: an image can be large
+        row = row.astype(">u2").view(np.uint8)
+        packed.append(packer.compress(b"\2" + (row - above).tobytes()))  # filter 2, "up"
+        above = row
+    packed.append(packer.flush())
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
     chunks += [(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))] if profile else []
-    chunks += [(b"IDAT", zlib.compress(np.pad(rows, ((0, 0), (1, 0)), constant_values=2), 3))]
+    chunks += [(b"IDAT", b"".join(packed))]
     content = [b"\x89PNG\r\n\x1a\n"]
     for name, data in (*chunks, (b"IEND", b"")):
         content += [struct.pack(">I", len(data)), name, data]
