@@ -35,6 +35,7 @@ from experiment.degradations import damage_of
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, spread
 from experiment.image_sources import SIZE, load_images
 from experiment.run_files import locked, write_figure, write_text
+from experiment.tiling import OVERLAP, Tiled
 from experiment.timing import alternate, count_flops
 from experiment.user_errors import Diverged, UserError, run_main
 from model_variants import VARIANTS, InTiles, replaced_parts
@@ -50,6 +51,7 @@ ROW |= {
 }
 TIMED_IMAGES, TIMED_ROUNDS, TIMED_SECONDS = 64, 9, 60
 TILES_OF = "tiles of "
+IN_TILES = {TILES_OF: InTiles, "overlapping tiles of ": Tiled}  # the latter as denoise_image.py
 OF_A_TEST = ("checkpoint", "dataset", "data_dir", "noise_level", "device", "threads")  # options
 
 
@@ -83,9 +85,9 @@ def measure(name, recipe, splits, tiles):
         image = torch.rand(1, train_set.degradation.channels, side, side)
         row["points"].append(point | {"mflops": mflops(model, image)})
         row["utilisation"] = figures["utilisation"]
-    for tile in tiles:
-        decibels = mean_psnr(InTiles(model, tile).eval(), test_set, device)
-        point = {"at": f"{TILES_OF}{tile}×{tile}", "psnr": decibels, "ssim": None}
+    for tile, (kind, restore) in itertools.product(tiles, IN_TILES.items()):
+        decibels = mean_psnr(restore(model, tile).eval(), test_set, device)
+        point = {"at": f"{kind}{tile}×{tile}", "psnr": decibels, "ssim": None}
         row["points"].append(point | {"mflops": None})
     return row
 
@@ -209,7 +211,7 @@ def draw(rows, recipe):
 def against_size(points):
     """{size of the tiles, then "whole": points}, of a model with a capacity those with its own."""
     tiles = {a.removeprefix(TILES_OF): of for a, of in points.items() if a.startswith(TILES_OF)}
-    return tiles | {"whole": points.get("all") or points[at(MODELS["routed"].capacity)]}
+    return tiles | {"whole": points.get("all") or points[at(MODELS["routed-photographs"].capacity)]}
 
 
 def measure_replaced_parts(args):
@@ -322,12 +324,12 @@ def parse_args():
     )
     group.add_argument(
         "--tiles",
-        type=number(int, 16, most=4096),
+        type=number(int, 2 * OVERLAP, most=4096),
         nargs="+",
         default=[],
         metavar="PIXELS",
-        help="also test on separate square tiles of these sides, for whole photographs, and draw "
-        "PSNR against their size (default: none)",
+        help="also test in square tiles of these sides, separate and overlapping, for whole "
+        "photographs; draw PSNR against the size of the separate ones (default: none)",
     )
     add_output(parser, "ablation_study.json", "figures to write")
     args = parser.parse_args()
@@ -359,7 +361,7 @@ def run_study(args, recipe, files, device):
     splits = recipe.splits(source)
     largest = max(max(image.shape[1:]) for image in splits[2].split.images)
     if args.tiles and args.tiles[-1] > largest:
-        raise UserError(f"--tiles {args.tiles[-1]}: no test image has more than {largest} pixels")
+        raise UserError(f"--tiles {args.tiles[-1]}: no side of a test image is above {largest}")
     recipe = recipe.of_steps(splits[0])
     settings = {
         "dataset": source.name,

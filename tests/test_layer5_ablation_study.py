@@ -263,32 +263,35 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
     options = ("--dataset", tmp_path / "few", "--recipe", "photographs", "--crop", 16)
     options += ("--steps", 1, "--schedule", "step", "--seeds", 0, 1)
     names = ("photographs", "photographs, dense")
-    process = call(ablation_study, *options, "--variants", *names, "--tiles", 32, 16, 32)
+    process = call(ablation_study, *options, "--variants", *names, "--tiles", 48, 32, 48)
     assert process.returncode == 0, process.stderr
     rows = json.loads(Path("ablation_study.json").read_text())["rows"]
-    places = ["all", "tiles of 16×16", "tiles of 32×32"]
+    places = ["all"] + [
+        f"{kind}tiles of {n}×{n}" for n in (32, 48) for kind in ("", "overlapping ")
+    ]
     assert [[point["at"] for point in row["points"]] for row in rows] == [places] * 4
     for row in rows:
-        whole, small, _ = row["points"]
-        assert small["psnr"] != whole["psnr"] and small["ssim"] is None
+        whole, small, overlapping, *_ = row["points"]
+        assert len({point["psnr"] for point in (whole, small, overlapping)}) == 3
+        assert small["ssim"] is None
         flops = count_flops(VARIANTS[row["variant"]]().eval(), torch.rand(1, 3, 16, 16))
         assert whole["mflops"] == flops / 1e6 and small["mflops"] is None  # of a crop alone
     table = Path("ablation_study.md").read_text()
-    assert len(re.findall(r"\| tiles of 32×32 \| .* ± .* \| – \| – \| – \| ", table)) == 2
+    assert len(re.findall(r"\| tiles of 48×48 \| .* ± .* \| – \| – \| – \| ", table)) == 2
     assert Path("ablation_study.png").stat().st_size > 10_000
     process = call(ablation_study, *options, "--variants", *names)
-    assert_refused(process, "tiles [16, 32]")
+    assert_refused(process, "tiles [32, 48]")
     earlier = Path("ablation_study.json").read_text()
     for change in ({"points": None}, {"points": [{}]}, {"train_seconds": None}):
         study = json.loads(earlier)
         study["rows"][0] |= change
         Path("ablation_study.json").write_text(json.dumps(study))
-        process = call(ablation_study, *options, "--variants", *names, "--tiles", 16, 32)
+        process = call(ablation_study, *options, "--variants", *names, "--tiles", 32, 48)
         assert_refused(process, "ablation_study.json", "no result of this script")
-    process = call(ablation_study, *options, "--tiles", 16, 64, "--output", "new.json")
-    assert_refused(process, "--tiles 64: no test image has more than 50 pixels")
+    process = call(ablation_study, *options, "--tiles", 32, 64, "--output", "new.json")
+    assert_refused(process, "--tiles 64: no side of a test image is above 50")
     assert_refused(
-        call(ablation_study, "--dataset", "photos", "--tiles", 16), "--recipe photographs"
+        call(ablation_study, "--dataset", "photos", "--tiles", 32), "--recipe photographs"
     )
 
 

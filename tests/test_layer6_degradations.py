@@ -287,7 +287,7 @@ def test_impossible_tasks_end_in_a_sentence(call, folder, options, words):
         ("--quality", 10, 40),
         ("--noise-map", "ramp"),
         ("--noise-level", 0.1, 0.2),
-        ("--tiles", 16),
+        ("--tiles", 32),
         ("--recipe", "quick"),
         ("--steps", 1),
         ("--no-flip",),
