@@ -359,9 +359,10 @@ def run_study(args, recipe, files, device):
         raise UserError(f"--noise-level {recipe.noise_level[1]:g}: there is no noise to remove")
     source = load_images(args.dataset or "cifar10", args.data_dir, crop=recipe.crop)
     splits = recipe.splits(source)
-    largest = max(max(image.shape[1:]) for image in splits[2].split.images)
-    if args.tiles and args.tiles[-1] > largest:
-        raise UserError(f"--tiles {args.tiles[-1]}: no side of a test image is above {largest}")
+    if args.tiles:
+        largest = max(max(image.shape[1:]) for image in splits[2].split.images)
+        if args.tiles[-1] > largest:
+            raise UserError(f"--tiles {args.tiles[-1]}: no side of a test image is above {largest}")
     recipe = recipe.of_steps(splits[0])
     settings = {
         "dataset": source.name,

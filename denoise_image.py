@@ -30,7 +30,7 @@ from experiment.command_line import (
 )
 from experiment.cuda_graphs import ReplayedModel
 from experiment.degradations import damage_of
-from experiment.photo_files import FORMATS, WRITTEN, read_photo, write_photo
+from experiment.photo_files import FORMATS, WRITTEN, check_format, read_photo, write_photo
 from experiment.run_files import place_of, write_figure
 from experiment.tiling import OVERLAP, PROBE, TILE, denoise, estimate_noise, middle
 from experiment.user_errors import UserError, printable, reason, run_main
@@ -80,7 +80,7 @@ def choose_outputs(paths, output, overwrite, compare=False):
     if output and not folder and Path(output).suffix.lower() not in WRITTEN:
         kinds = f"a file of {', '.join(WRITTEN)}"
         raise UserError(f"--output {output}: name {kinds}, or a folder, with {os.sep} at its end")
-    inputs, written = set(map(os.path.realpath, paths)), set()
+    inputs, written = set(map(os.path.realpath, paths)), {}
     stems, chosen = Counter((folder or path.parent, path.stem) for path in paths), {}
     for path in paths:
         alone = stems[folder or path.parent, path.stem] == 1
@@ -96,15 +96,15 @@ def choose_outputs(paths, output, overwrite, compare=False):
                 raise UserError(f"{file} is there already; give --overwrite to replace it")
             if place in inputs and (file != new or place != os.path.realpath(path)):
                 raise UserError(f"{file} is an image to read and would be replaced; leave it out")
-            written.add(place)
+            written[place] = file
         chosen[path] = new
     if folder:
         try:
             os.makedirs(output, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {output}: {error.strerror}; name another") from None
-    for place in written:
-        place_of(place)
+    for file in written.values():
+        place_of(file)
     return chosen
 
 
@@ -130,6 +130,7 @@ def denoise_file(path, output, model, args):
         photo = read_photo(path)
     except (MemoryError, RuntimeError) as error:  # the decoder's, which end no other file
         raise ValueError(reason(error)) from None
+    check_format(photo, output)  # before minutes go by
     pixels = denoise(model, photo.pixels, args.tile, dtype=args.dtype, strength=args.strength)
     write_photo(replace(photo, pixels=pixels), output)
     seconds = time.perf_counter() - started

@@ -40,11 +40,6 @@ def noise(value):
     return pair[0] == pair[1] or 0 < pair[0] < pair[1]
 
 
-def ascending(value):
-    """A check: of a σ and a pair of it, the pair of two."""
-    return isinstance(value, list) and value[0] < value[1]
-
-
 def pair(one, most):
     """A check: a list of two that ascend, each of a check, above 0 and at most `most`."""
     return lambda value: (
@@ -152,9 +147,9 @@ def read_checkpoint(path):
     check(checkpoint, CHECKPOINT, path)
     for part, kinds, name in ((checkpoint, IF_THERE, ""), (checkpoint["recipe"], LATER, "recipe")):
         check(part, {key: kind for key, kind in kinds.items() if key in part}, path, name)
-    recipe = checkpoint["recipe"]
-    if recipe.get("noise_map", "uniform") != "uniform":  # which lies between two values
-        check(recipe["noise_level"], ascending, path, "recipe.noise_level")
+    kind, level = checkpoint["recipe"].get("noise_map"), checkpoint["recipe"]["noise_level"]
+    if kind not in (None, "uniform") and not (isinstance(level, list) and level[0] < level[1]):
+        raise UserError(f"{path}: recipe.noise_map cannot be {kind!r} with one σ; {ADVICE}")
     return checkpoint
 
 

@@ -143,8 +143,9 @@ def deep_pixels(image, file):
         Image.open(file, formats=["PNG"]).verify()
         file.seek(0)
     content = np.frombuffer(file.read(), np.uint8)
-    cv2.utils.logging.setLogLevel(0)  # of damage it prints pages, and we a sentence
+    level = cv2.utils.logging.setLogLevel(0)  # of damage it prints pages, and we a sentence
     array = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    cv2.utils.logging.setLogLevel(level)
     if array is None or array.dtype != np.uint16:
         raise ValueError("an image of 16 bits that is damaged, or of an unknown layout")
     array = array.reshape(*array.shape[:2], -1)
@@ -189,12 +190,22 @@ def turned(array, orientation):
 # Writing -------------------------------------------------------------------------------------
 
 
+def check_format(photo, path):
+    """Raises a UserError if the format that the name of the file asks for cannot hold the Photo."""
+    deep, suffix = photo.pixels.dtype == np.uint16, path.suffix.lower()
+    no_16_bits = deep and suffix not in (".png", ".tif", ".tiff")
+    if no_16_bits or (photo.alpha is not None and suffix in (".jpg", ".jpeg")):
+        lacks = "16 bits" if no_16_bits else "alpha"
+        raise UserError(f"cannot write {path}: {suffix} has no {lacks}; name a .png file")
+
+
 def write_photo(photo, path):
     """Writes a Photo in the format that the name of the file asks for.
 
     Raises:
         UserError: it cannot be written, or not in this format.
     """
+    check_format(photo, path)
     array, profile, suffix = photo.pixels, photo.icc_profile, path.suffix.lower()
     deep, grey = array.dtype == np.uint16, array.shape[2] == 1
     if photo.alpha is not None:
@@ -216,10 +227,8 @@ def write_photo(photo, path):
             elif not deep:
                 quality = {} if suffix == ".png" else {"quality": 95}
                 Image.fromarray(shown).save(temporary, icc_profile=profile, **quality)
-            elif suffix == ".png":
-                temporary.write_bytes(deep_png(array, profile))
             else:
-                raise ValueError(f"{suffix} has no 16 bits")
+                temporary.write_bytes(deep_png(array, profile))
         except Exception as error:  # encoders have their own for every kind of refusal
             if getattr(error, "errno", None):  # of the disk
                 raise
@@ -241,7 +250,7 @@ def deep_png(array, profile):
     packed.append(packer.flush())
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
     chunks += [(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))] if profile else []
-    chunks += [(b"IDAT", b"".join(packed))]
+    chunks += [(b"IDAT", part) for part in packed if part]
     content = [b"\x89PNG\r\n\x1a\n"]
     for name, data in (*chunks, (b"IEND", b"")):
         content += [struct.pack(">I", len(data)), name, data]

@@ -66,7 +66,7 @@ def test_bad_checkpoints_are_refused(trained, call, script, make, words):
         ({"recipe.quality": [40, 10]}, "recipe.quality cannot be [40, 10]"),
         ({"recipe.quality": [10, 96]}, "recipe.quality cannot be [10, 96]"),
         ({"recipe.quality": [10.5, 40]}, "recipe.quality cannot be [10.5, 40]"),
-        ({"recipe.noise_map": "ramp"}, "recipe.noise_level cannot be [0.2, 0.2]"),
+        ({"recipe.noise_map": "ramp"}, "recipe.noise_map cannot be 'ramp' with one σ"),
         ({"recipe.noise_map": "stripes"}, "noise_map cannot be 'stripes'"),
         ({"recipe.noise_map": ["regions"]}, "noise_map cannot be ['regions']"),
         ({"recipe.noise_map": None}, "noise_map cannot be NoneType"),

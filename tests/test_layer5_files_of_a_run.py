@@ -4,6 +4,8 @@ import os
 import signal
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -128,11 +130,12 @@ def test_a_lock_removes_its_own_files_alone(tmp_path):
 def test_no_photograph_is_lost(call, there, arguments, words):
     """Neither one that is read, nor another by the picture of --compare."""
     Path("b").mkdir()
-    for name in there:
-        Image.new("RGB", (20, 20)).save(name)
+    for number, name in enumerate(there):
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(name)
+    before = {name: Path(name).read_bytes() for name in there}
     overwrite = [] if "is there" in words else ["--overwrite"]
     assert_refused(call(denoise_image, *arguments, "--compare", *overwrite), words)
-    assert {p.name for p in Path().iterdir()} == {"b", *there}
+    assert {p.name: p.read_bytes() for p in Path().iterdir() if p.is_file()} == before
 
 
 def test_of_a_folder_neither_results_nor_hidden_files_are_read(call):
@@ -143,6 +146,19 @@ def test_of_a_folder_neither_results_nor_hidden_files_are_read(call):
     assert process.stdout.count("\n") == 1 and process.stdout.startswith("a.png  1×1000")
     with Image.open("a_denoised_compare.png") as picture:
         assert max(picture.size) < 2000
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "output", "words"),
+    [(4, np.uint8, "b.jpg", ".jpg has no alpha"), (3, np.uint16, "b.webp", ".webp has no 16 bits")],
+)
+def test_what_a_format_cannot_hold_is_said_before_minutes_go_by(
+    call, monkeypatch, channels, dtype, output, words
+):
+    cv2.imwrite("a.png", np.zeros((20, 20, channels), dtype))
+    monkeypatch.setattr(denoise_image, "denoise", None)
+    assert_refused(call(denoise_image, "a.png", "--output", output), "a.png", words)
+    assert not Path(output).exists()
 
 
 # Writing -------------------------------------------------------------------------------------
