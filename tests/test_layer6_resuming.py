@@ -192,6 +192,15 @@ def test_a_kept_run_can_be_gone_on_with(call, folder, monkeypatch):
     assert same_weights(weights("m.1.pt"), weights("m.pt"))
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """What a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_an_interrupted_run_says_how_to_go_on(call, folder, monkeypatch):
     original = torch.nn.utils.clip_grad_norm_
     steps = []
