@@ -334,9 +334,10 @@ def parse_args():
     add_output(parser, "ablation_study.json", "figures to write")
     args = parser.parse_args()
     args.tiles = sorted(set(args.tiles))
-    for name, value in vars(args).items() if args.checkpoint is not None else ():
-        if name not in OF_A_TEST and value != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} is of trainings; drop it or --checkpoint")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    others = [name for name in given if name not in OF_A_TEST]
+    if args.checkpoint is not None and others:
+        raise UserError(f"--{others[0].replace('_', '-')} is of trainings; drop it or --checkpoint")
     return args
 
 

@@ -79,8 +79,8 @@ MODELS = {
 MODELS["quick"] = replace(MODELS["refined"], k_attend=(64,), conv_depth=2, local=True)
 # A quarter of the tokens attends by default, wherever the router sends them.
 MODELS["routed"] = ViTConfig(k_attend=(64,), local=True, capacity=0.25)
-# No positions: a photograph has other and more of them than a crop. The budget is
-# that of models/photographs.pt; the study in FINAL_REPORT.md finds dense attention ahead of it.
+# No positions: a photograph has other and more of them than a crop. The budget is that of
+# models/photographs.pt; the study in FINAL_REPORT.md finds dense attention ahead of it.
 MODELS["photographs"] = ViTConfig(
     image_size=64,
     num_heads=1,

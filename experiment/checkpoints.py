@@ -7,14 +7,7 @@ import zipfile
 import torch
 
 from experiment.data_parallel import rank
-from experiment.degradations import (
-    BEST_QUALITY,
-    DEFAULTS,
-    DRAWS,
-    MOST_HOLES,
-    OPTIONS_OF,
-    SCALES,
-)
+from experiment.degradations import DEFAULTS, DRAWS, OPTIONS_OF, SCALES, Compression, Holes
 from experiment.muon import state_shapes
 from experiment.run_files import csv_text, replace_when_complete, write_text
 from experiment.user_errors import Diverged, UserError
@@ -40,14 +33,19 @@ def noise(value):
     return pair[0] == pair[1] or 0 < pair[0] < pair[1]
 
 
-def pair(one, most):
-    """A check: a list of two that ascend, each of a check, above 0 and at most `most`."""
-    return lambda value: (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(map(one, value))
-        and 0 < value[0] <= value[1] <= most
-    )
+def taken_by(degradation, one):
+    """A check: a list of numbers, each of a check, that a degradation takes."""
+
+    def taken(value):
+        if not isinstance(value, list) or not all(map(one, value)):
+            return False
+        try:
+            degradation(tuple(value))
+        except ValueError:
+            return False
+        return True
+
+    return taken
 
 
 def weights(value):
@@ -79,8 +77,8 @@ LATER |= {"noise_map": lambda v: isinstance(v, str) and v in DRAWS}
 LATER |= {"task": lambda v: isinstance(v, str) and v in OPTIONS_OF}
 LATER |= {
     "scale": lambda v: type(v) is int and v in SCALES,
-    "holes": pair(real, MOST_HOLES),
-    "quality": pair(whole(1), BEST_QUALITY),
+    "holes": taken_by(Holes, real),
+    "quality": taken_by(Compression, whole(1)),
 }
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
 ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
