@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import add_output, make_parser
+from experiment.degradations import DEFAULTS, damage_of
 from experiment.evaluation import (
     evaluate,
     psnr,
@@ -51,9 +52,9 @@ def budget_table(model, dataset):
 
 
 def rank_images(psnrs):
-    """Indices of the images at PERCENTILES of PSNR, worst first."""
+    """{index of an image: its percentile} for PERCENTILES of PSNR, worst first, each image once."""
     order = np.argsort(psnrs, kind="stable")
-    return [int(order[round(p / 100 * (len(order) - 1))]) for p in PERCENTILES]
+    return {int(order[round(p / 100 * (len(order) - 1))]): p for p in PERCENTILES}
 
 
 def summary_table(result):
@@ -163,7 +164,7 @@ def draw_images(models, dataset, indices, title):
         models: [(path of its checkpoint, SmallViT in evaluation mode)]; the weights are those of
             the first.
         dataset: NoisyImageDataset.
-        indices: images to draw, one for each of PERCENTILES.
+        indices: of `rank_images`, {image to draw: its percentile}.
         title: of the figure.
     """
     (_, model), *others = models
@@ -198,7 +199,8 @@ def draw_images(models, dataset, indices, title):
         layout="constrained",
         squeeze=False,
     )
-    for row, ((noisy, clean), images) in enumerate(zip(shown, restored, strict=True)):
+    rows = zip(shown, restored, indices.values(), strict=True)
+    for row, ((noisy, clean), images, percentile) in enumerate(rows):
         damaged = noisy[:3].clamp(0, 1) * noisy[3:].prod(0)  # black where pixels are unknown
         panels = [damaged, *images, clean]
         part = detail(clean) if dataset.whole else ()
@@ -209,7 +211,7 @@ def draw_images(models, dataset, indices, title):
         for axis, x in zip(axes[row], (noisy[:3], *images), strict=False):
             pair = x.numpy(), clean.numpy()
             axis.set_xlabel(f"{psnr(*pair):.2f} dB, SSIM {ssim(*pair):.3f}")
-        axes[row, 0].set_ylabel(f"percentile {PERCENTILES[row]}")
+        axes[row, 0].set_ylabel(f"percentile {percentile}")
         for axis, weights in zip(axes[row, len(names) :], maps[row].flatten(0, 1), strict=False):
             picture = axis.imshow(weights.numpy(), **colours)
             if not model.capacity:
@@ -234,14 +236,19 @@ def others_for(dataset, paths):
     """[(path, SmallViT on the CPU)] of checkpoints for the task of a data set.
 
     Raises:
-        UserError: one cannot be read, or is for another task.
+        UserError: one cannot be read, or is for another task or scale.
     """
     models = []
     for path in paths:
         checkpoint = read_checkpoint(path)
-        task = checkpoint["recipe"].get("task", "denoise")
-        if task != dataset.degradation.task:
-            raise UserError(f"--beside {path}: it was trained for {task}; name others")
+        recipe = DEFAULTS | checkpoint["recipe"]
+        asked = dataset.degradation
+        scale = getattr(asked, "scale", recipe["scale"])
+        if (recipe["task"], recipe["scale"]) != (asked.task, scale):
+            raise UserError(
+                f"--beside {path}: it was trained for {damage_of(recipe)}, not for {asked}; "
+                "name others"
+            )
         models.append((path, build_model(checkpoint, path)))
     return models
 

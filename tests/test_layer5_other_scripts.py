@@ -65,7 +65,7 @@ def test_other_models_are_drawn_beside(trained, photos):
     """Each under its name with its own figures."""
     test_set = NoisyImageDataset(photos.test[::40], stream=2)
     models = [("a/m.pt", load_model(trained.path / "model.pt")), ("b/m.pt", SmallViT())]
-    figure = visualize_proper_results.draw_images(models, test_set, [0, 1], "title")
+    figure = visualize_proper_results.draw_images(models, test_set, {0: 5, 1: 95}, "title")
     columns = figure.axes[:4]
     titles = [axis.get_title() for axis in columns]
     assert titles == ["noisy", "denoised:\na/m.pt", "denoised:\nb/m.pt", "ground truth"]
@@ -84,6 +84,7 @@ def test_drawn_images_go_from_worst_to_best():
     assert ranks == sorted(ranks)
     assert ranks[0] < 100
     assert ranks[-1] >= 900
+    assert list(visualize_proper_results.rank_images([3.0, 1.0])) == [1, 0]  # each image once
 
 
 @pytest.mark.usefixtures("small_picture")

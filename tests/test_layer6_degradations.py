@@ -245,7 +245,12 @@ def test_a_task_is_not_another(restorer, trained, call):
         process = call(script, "--checkpoint", path, "--noise-level", 0.1)
         assert_refused(process, "--noise-level", TASKS[task])
     process = call(visualize_proper_results, "--checkpoint", path, "--beside", "of_noise.pt")
-    assert_refused(process, "--beside of_noise.pt", "denoise")
+    assert_refused(process, "--beside of_noise.pt", "σ = 0.2", TASKS[task])
+    if task == "super-resolution":
+        other = torch.load(path, weights_only=True)
+        write_checkpoint(other | {"recipe": other["recipe"] | {"scale": 3}}, "of_3.pt")
+        process = call(visualize_proper_results, "--checkpoint", path, "--beside", "of_3.pt")
+        assert_refused(process, "--beside of_3.pt", "×3", TASKS[task])
     process = call(compare_baselines, "--checkpoint", path, "--unclipped")
     assert_refused(process, "--unclipped is for noise")
     checkpoint = torch.load(path, weights_only=True)
