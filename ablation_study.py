@@ -1,6 +1,6 @@
 """What each part contributes: trains variants of the model by one recipe and compares them.
 
-    python ablation_study.py                                     # 3 seeds of 30 epochs: for a GPU
+    python ablation_study.py          # the published parts, 3 seeds of 30 epochs: for a GPU
     python ablation_study.py --dataset photos --epochs 2 --seeds 0  # some minutes on 2 CPU cores
     python ablation_study.py --checkpoint best_denoising_model_proper.pt  # no training, minutes
 
@@ -50,6 +50,8 @@ ROW |= {
     "utilisation": lambda v: v is None or loads(v),
 }
 TIMED_IMAGES, TIMED_ROUNDS, TIMED_SECONDS = 64, 9, 60
+PARTS = ("published", "uniform weights", "no load-balancing loss", "k = 64, 64, 64")
+PARTS += ("dense, one expert", "dense, one expert, widened")
 TILES_OF = "tiles of "
 IN_TILES = {TILES_OF: InTiles, "overlapping tiles of ": Tiled}  # the latter as denoise_image.py
 OF_A_TEST = ("checkpoint", "dataset", "data_dir", "noise_level", "device", "threads")  # options
@@ -312,9 +314,9 @@ def parse_args():
         "--variants",
         nargs="+",
         choices=VARIANTS,
-        default=list(VARIANTS),
+        default=list(PARTS),
         metavar="VARIANT",
-        help=f"out of: {'; '.join(VARIANTS)} (default: all)",
+        help=f"out of: {'; '.join(VARIANTS)} (default: the first six)",
     )
     group.add_argument(
         "--checkpoint",

@@ -295,44 +295,35 @@ def one_of_experts(learned):
 
 VARIANTS = {
     "published": vit(),
+    "uniform weights": lambda: with_routers(SmallViT(), lambda _, experts: UniformRouter(experts)),
+    "no load-balancing loss": vit(),
+    "k = 64, 64, 64": vit(k_attend=(64, 64, 64)),
     "dense, one expert": vit(k_attend=(64,)),
     "dense, one expert, widened": vit(k_attend=(64,), d_model=172, d_ff=344),
-    "uniform weights": lambda: with_routers(SmallViT(), lambda _, experts: UniformRouter(experts)),
-    "random weights": lambda: with_routers(
-        SmallViT(), lambda _, experts: RandomRouter(64, experts)
-    ),
-    "no load-balancing loss": vit(),
-    "k = 4, 16, 64": vit(k_attend=(4, 16, 64)),
-    "k = 8, 32, 64": vit(k_attend=(8, 32, 64)),
-    "k = 64, 64, 64": vit(k_attend=(64, 64, 64)),
+    "dense, one expert, local": vit(k_attend=(64,), local=True),
+    "one of 3 experts, by the router": one_of_experts(learned=True),
+    "one of 3 experts, by place": one_of_experts(learned=False),
     "refined": vit("refined"),
     "refined, dense, one expert": vit("refined", k_attend=(64,)),
     "quick": vit("quick"),
-    "one of 3 experts, by the router": one_of_experts(learned=True),
-    "one of 3 experts, by place": one_of_experts(learned=False),
-    "dense, one expert, local": vit(k_attend=(64,), local=True),
     "photographs": vit("photographs"),
-    "photographs, k = 64": vit("photographs", k_attend=(64,)),
     "photographs, dense": vit("photographs", k_attend=(ALL_KEYS,)),
     "U-Net": UNet,
     "DnCNN": DnCNN,
 }
 # Of a share of the tokens that attend, and who chooses them.
-CHOICES = {"router": None, "chance": by_chance, "pattern": by_pattern, "halves": by_halves}
-for local in (False, True):
-    VARIANTS |= {
-        f"capacity, by {name}{', local' * local}": vit(
-            choice=choice, k_attend=(64,), capacity=0.25, local=local
-        )
-        for name, choice in CHOICES.items()
-    }
+of_tokens = partial(vit, k_attend=(64,), capacity=0.25)
 VARIANTS |= {
-    f"photographs, capacity, by {name}": vit("routed-photographs", CHOICES[name])
-    for name in ("router", "pattern")
+    "capacity, by router": of_tokens(),
+    "capacity, by chance": of_tokens(choice=by_chance),
+    "capacity, by pattern": of_tokens(choice=by_pattern),
+    "capacity, by halves": of_tokens(choice=by_halves),
+    "capacity, by router, local": of_tokens(local=True),
+    "capacity, by pattern, local": of_tokens(choice=by_pattern, local=True),
+    "photographs, capacity, by router": vit("routed-photographs"),
+    "photographs, capacity, by pattern": vit("routed-photographs", by_pattern),
+    "photographs, dense, capacity, by router": vit("routed-photographs", k_attend=(ALL_KEYS,)),
 }
-VARIANTS["photographs, dense, capacity, by router"] = vit(
-    "routed-photographs", k_attend=(ALL_KEYS,)
-)
 
 # Yardsticks of the benchmark -----------------------------------------------------------------
 
