@@ -328,7 +328,14 @@ def sigma_map(kind, clean, noise_range, uniform):
 
 
 def noise_text(noise_range, noise_map="uniform"):
-    """A range of σ in words: "σ = 0.2", "σ = 0.05 to 0.35", "σ = 0.05 to 0.4 (regions)"."""
+    """A range of σ in words: "σ = 0.2", "σ = 25/255", "σ = 0.05 to 0.4 (regions)"."""
     low, high = noise_range
     of_map = f" ({noise_map})" if noise_map != "uniform" and high > low else ""
-    return f"σ = {low:g}" + (f" to {high:g}" if high > low else "") + of_map
+    return f"σ = {in_short(low)}" + (f" to {in_short(high)}" if high > low else "") + of_map
+
+
+def in_short(sigma):
+    """As the field writes it: "25/255" where no short decimal fraction is as exact."""
+    of_255 = round(255 * sigma)
+    long = len(f"{sigma:g}") > len("0.0001") and math.isclose(255 * sigma, of_255)
+    return f"{of_255}/255" if long else f"{sigma:g}"

@@ -79,7 +79,7 @@ def test_training_on_crops_tests_whole_photographs(photographs, call, tmp_path):
     for script in (debug_evaluation, compare_baselines):
         process = call(script, "--checkpoint", photographs / "model.pt")
         assert process.returncode == 0, process.stdout + process.stderr
-    assert "σ = 0.0980392" in process.stdout
+    assert "σ = 25/255" in process.stdout
     noisy_row = next(row for row in process.stdout.splitlines() if "noisy input" in row)
     assert float(noisy_row.split("|")[2].split("±")[0]) == pytest.approx(20.17, abs=0.02)
 

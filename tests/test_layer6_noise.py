@@ -204,6 +204,8 @@ def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
         ((0.2, 0.2), "uniform", "σ = 0.2"),
         ((0.2, 0.2), "regions", "σ = 0.2"),
         ((0.05, 0.35), "uniform", "σ = 0.05 to 0.35"),
+        ((0.01, 25 / 255), "uniform", "σ = 0.01 to 25/255"),
+        ((0.123456, 0.123456), "uniform", "σ = 0.123456"),
         ((0.05, 0.4), "regions", "σ = 0.05 to 0.4 (regions)"),
     ],
 )
