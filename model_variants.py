@@ -192,6 +192,16 @@ def with_attention(model, make_layer):
     return model
 
 
+class NoAttention(nn.Module):
+    """Nothing in the place of attention: convolutions and feed-forward networks are left."""
+
+    merge = nn.Identity()
+
+    def forward(self, x):
+        """[B, N, D] -> zeros [B, N, D] and the routing to the only expert, [B, N, 1]."""
+        return torch.zeros_like(x), x.new_ones(*x.shape[:2], 1)
+
+
 # Conventional denoisers ----------------------------------------------------------------------
 
 
@@ -293,6 +303,12 @@ def one_of_experts(learned):
     return lambda: with_attention(SmallViT(), partial(OneOfExperts, learned=learned))
 
 
+def without_attention(model, **changes):
+    """A function() that makes a SmallViT whose blocks have no attention."""
+    made = vit(model, **changes)
+    return lambda **more: with_attention(made(**more), NoAttention)
+
+
 VARIANTS = {
     "published": vit(),
     "uniform weights": lambda: with_routers(SmallViT(), lambda _, experts: UniformRouter(experts)),
@@ -306,7 +322,9 @@ VARIANTS = {
     "refined": vit("refined"),
     "refined, dense, one expert": vit("refined", k_attend=(64,)),
     "quick": vit("quick"),
+    "quick, no attention": without_attention("quick", d_ff=305),
     "photographs": vit("photographs"),
+    "photographs, no attention": without_attention("photographs", d_ff=610),
     "photographs, dense": vit("photographs", k_attend=(ALL_KEYS,)),
     "U-Net": UNet,
     "DnCNN": DnCNN,
