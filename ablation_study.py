@@ -35,10 +35,10 @@ from experiment.degradations import damage_of
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, spread
 from experiment.image_sources import SIZE, load_images
 from experiment.run_files import locked, write_figure, write_text
-from experiment.tiling import OVERLAP, Tiled
+from experiment.tiling import OVERLAP, InTiles, Tiled
 from experiment.timing import alternate, count_flops
 from experiment.user_errors import Diverged, UserError, run_main
-from model_variants import VARIANTS, InTiles, replaced_parts
+from model_variants import VARIANTS, replaced_parts
 from small_vit import MODELS, at_each, count_parameters, load_for_evaluation
 
 POINT = {"at": str, "psnr": real, "ssim": lambda v: v is None or real(v)}

@@ -109,8 +109,8 @@ class AdaptiveAttentionMoE(nn.Module):
             the number of tokens makes its expert dense.
         capacity: share of the tokens that attend, above 0, at most 1: those to which the router
             gives the least of one more choice, not to attend ("Mixture-of-Depths", Raposo et al.
-            2024). An attribute, which may be changed at any time. None: all of them, without such
-            a choice.
+            2024). May be set to another share at any time. None: all of them, without such a
+            choice.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -122,10 +122,23 @@ class AdaptiveAttentionMoE(nn.Module):
             raise ValueError(f"k_attend needs one budget per expert, got {tuple(k_attend)}")
         if capacity is not None:
             check_capacity(capacity)
-        self.capacity = capacity
+        self._capacity = capacity
         self.router = TokenRouter(d_model, len(k_attend) + (capacity is not None))
         self.experts = nn.ModuleList(SparseAttentionExpert(d_model, num_heads, k) for k in k_attend)
         self.merge = nn.Linear(d_model, d_model)
+
+    @property
+    def capacity(self):
+        return self._capacity
+
+    @capacity.setter
+    def capacity(self, share):
+        if self._capacity is None:
+            raise ValueError(
+                "this layer was made without a capacity: its router has no such choice"
+            )
+        check_capacity(share)
+        self._capacity = share
 
     def forward(self, x):
         """Mixes the experts' outputs for every token.

@@ -13,7 +13,7 @@ from torch import nn
 from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter
 from conv_stages import in_fastest_layout
 from experiment.reference import straightforward_moe
-from small_vit import MODELS, SmallViT, reflected, zero_
+from small_vit import MODELS, SmallViT, zero_
 
 ALL_KEYS = 2**30  # of a budget that no image reaches
 
@@ -134,6 +134,30 @@ def with_choice(model, choice):
     for number, block in enumerate(model.blocks):
         block.attention.reluctance = partial(choice, number)
     return model
+
+
+class NoisiestAttend(SmallViT):
+    """The tokens of the noisiest patches attend: a rule made by hand in place of a learned choice.
+
+    Noise is what a filter leaves that takes out the image's Laplacian ("Fast Noise Variance
+    Estimation", Immerkær 1996). The router goes on to weigh those that it does not choose.
+    """
+
+    def forward(self, noisy):
+        """As SmallViT's."""
+        ranks = -noise_estimate(noisy, self.config.patch_size)
+        for block in self.blocks:
+            block.attention.reluctance = lambda routing: ranks
+        return super().forward(noisy)
+
+
+def noise_estimate(noisy, patch):
+    """[B, 3, h, w] -> [B, N], in proportion to σ in each patch of a flat image."""
+    line = noisy.new_tensor([1.0, -2.0, 1.0])
+    kernel = torch.outer(line, line).expand(noisy.shape[1], 1, 3, 3)
+    padded = F.pad(noisy, (1, 1, 1, 1), mode="replicate")
+    left = F.conv2d(padded, kernel, groups=noisy.shape[1]).abs().mean(1, keepdim=True)
+    return F.avg_pool2d(left, patch, ceil_mode=True).flatten(1)
 
 
 # Which expert a token has ----------------------------------------------------------------------
@@ -265,34 +289,14 @@ def two_convs(in_channels, out_channels):
     )
 
 
-# Tiles ---------------------------------------------------------------------------------------
-
-
-class InTiles(nn.Module):
-    """A denoiser that sees an image as separate tiles, continued by reflection to whole ones."""
-
-    def __init__(self, model, tile):
-        super().__init__()
-        self.model, self.tile = model, tile
-
-    def forward(self, noisy):
-        """As the model's; the routings are of the tiles.  [1, 3, h, w] -> [1, 3, h, w]."""
-        tile, (height, width) = self.tile, noisy.shape[2:]
-        whole = reflected(noisy, -height % tile, -width % tile)
-        tiles = whole[0].unfold(1, tile, tile).unfold(2, tile, tile)  # [3, rows, columns, t, t]
-        images, routings = self.model(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1))
-        rows = images.unflatten(0, tiles.shape[1:3]).permute(2, 0, 3, 1, 4)
-        return rows.flatten(3).flatten(1, 2)[None, :, :height, :width], routings
-
-
 # The variants --------------------------------------------------------------------------------
 
 
-def vit(model="published", choice=None, **changes):
+def vit(model="published", choice=None, kind=SmallViT, **changes):
     """A function() that makes a SmallViT, with a choice of the tokens for `with_choice`."""
 
     def make(**more):
-        made = SmallViT(replace(MODELS[model], **changes, **more))
+        made = kind(replace(MODELS[model], **changes, **more))
         return with_choice(made, choice) if choice else made
 
     return make
@@ -336,7 +340,9 @@ VARIANTS |= {
     "capacity, by chance": of_tokens(choice=by_chance),
     "capacity, by pattern": of_tokens(choice=by_pattern),
     "capacity, by halves": of_tokens(choice=by_halves),
+    "capacity, by noise": of_tokens(kind=NoisiestAttend),
     "capacity, by router, local": of_tokens(local=True),
+    "capacity, by noise, local": of_tokens(kind=NoisiestAttend, local=True),
     "capacity, by pattern, local": of_tokens(choice=by_pattern, local=True),
     "photographs, capacity, by router": vit("routed-photographs"),
     "photographs, capacity, by pattern": vit("routed-photographs", by_pattern),

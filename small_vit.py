@@ -14,6 +14,7 @@ from experiment.command_line import select_device
 from experiment.degradations import as_range, damage_of, degradation_in
 from experiment.image_sources import SIZE, load_images
 from experiment.noisy_images import noisy_splits
+from experiment.tiling import reflected
 from experiment.user_errors import UserError, printable
 
 
@@ -186,7 +187,6 @@ class SmallViT(nn.Module):
         if (share is None) != (self.capacity is None):
             raise ValueError("whether there is a capacity is for the model's configuration to say")
         if share is not None:
-            check_capacity(share)
             for block in self.blocks:
                 block.attention.capacity = share
 
@@ -256,16 +256,6 @@ def at_each(model, capacities):
     for model.capacity in capacities:
         yield model.capacity
     model.capacity = own
-
-
-def reflected(image, rows, columns):
-    """Continues images [..., h, w] by reflection, downwards and to the right, however small."""
-    for dim, more in ((-2, rows), (-1, columns)):
-        if more:
-            size = image.shape[dim]
-            index = torch.arange(size + more, device=image.device) % max(1, 2 * size - 2)
-            image = image.index_select(dim, torch.minimum(index, (2 * size - 2 - index).abs()))
-    return image
 
 
 def zero_(layer):

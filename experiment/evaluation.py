@@ -26,7 +26,7 @@ NOISE_LEVEL_PIXELS = 2**20  # of the first images of the test set: 1,024 thumbna
 class Evaluation:
     """What `evaluate` measured; images are in [0, 1]."""
 
-    mse: float  # over all pixels
+    mse: float  # mean over the images of each one's
     noisy_psnr: np.ndarray  # float64 [n], dB
     psnr: np.ndarray  # float64 [n], dB, of the denoised images
     psnr_8_bits: np.ndarray  # the same, of the denoised images rounded to the values of a file
@@ -98,7 +98,7 @@ def validation_batches(dataset, device):
 
 
 def validation_mse(model, batches):
-    """Mean squared error over all pixels.
+    """Mean over the images of each one's mean squared error.
 
     Args:
         model: denoiser, or a ReplayedModel of it; it is left in evaluation mode.

@@ -41,11 +41,11 @@ def state_shapes(optimizer):
 class Muon(torch.optim.AdamW):
     """Steps along the orthogonalised momentum of weight matrices; all else gets AdamW.
 
-    Momentum M of a weight matrix [m, n], or of a convolution kernel taken as [out, in·h·w], becomes
-    the orthogonal matrix nearest to it, U Vᵀ of its singular value decomposition, by an iteration
-    (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"). Its entries are
-    scaled by 0.2 √max(m, n), so that learning rate and weight decay mean what they mean to AdamW
-    (Liu et al. 2025, "Muon is Scalable for LLM Training").
+    Momentum M of a weight matrix [m, n], or of a convolution's kernel as [its first dimension, all
+    others], becomes the orthogonal matrix nearest to it, U Vᵀ of its singular value decomposition,
+    by an iteration (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks").
+    Its entries are scaled by 0.2 √max(m, n), so that learning rate and weight decay mean what they
+    mean to AdamW (Liu et al. 2025, "Muon is Scalable for LLM Training").
 
     The Muon of torch and that of timm take one matrix after the other. A small model has dozens of
     equal shape and spends most of such a step on starting operations; here they are one batch.
@@ -91,7 +91,9 @@ class Muon(torch.optim.AdamW):
 
 
 def is_matrix(parameter):
-    """Whether Muon orthogonalises it: not biases, embeddings [1, ...] and depthwise kernels."""
+    """Whether Muon orthogonalises it: not biases, embeddings [1, ...] and depthwise kernels, nor
+    what has fewer than 4 rows or columns, as the last layer of a router.
+    """
     return (
         parameter.ndim >= 2
         and min(parameter.shape[:2]) > 1

@@ -87,7 +87,7 @@ def read_rgb(path):
         share = alpha / np.float32(most)
         pixels = (pixels * share + most * (1 - share)).round().astype(pixels.dtype)
     if pixels.dtype == np.uint16:
-        pixels = (pixels // 257).astype(np.uint8)
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)), photo.lossless
 
 

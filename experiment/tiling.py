@@ -79,6 +79,33 @@ class Tiled(torch.nn.Module):
         return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0), []
 
 
+class InTiles(torch.nn.Module):
+    """A denoiser that sees an image as separate tiles, continued by reflection to whole ones."""
+
+    def __init__(self, model, tile):
+        super().__init__()
+        self.model, self.tile = model, tile
+
+    def forward(self, noisy):
+        """As the model's; the routings are of the tiles.  [1, 3, h, w] -> [1, 3, h, w]."""
+        tile, (height, width) = self.tile, noisy.shape[2:]
+        whole = reflected(noisy, -height % tile, -width % tile)
+        tiles = whole[0].unfold(1, tile, tile).unfold(2, tile, tile)  # [3, rows, columns, t, t]
+        images, routings = self.model(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1))
+        rows = images.unflatten(0, tiles.shape[1:3]).permute(2, 0, 3, 1, 4)
+        return rows.flatten(3).flatten(1, 2)[None, :, :height, :width], routings
+
+
+def reflected(image, rows, columns):
+    """Continues images [..., h, w] by reflection, downwards and to the right, however small."""
+    for dim, more in ((-2, rows), (-1, columns)):
+        if more:
+            size = image.shape[dim]
+            index = torch.arange(size + more, device=image.device) % max(1, 2 * size - 2)
+            image = image.index_select(dim, torch.minimum(index, (2 * size - 2 - index).abs()))
+    return image
+
+
 def windows(size, tile, overlap):
     """[(slice, weights float32 [n])]: evenly spread tiles of a side whose weights sum to 1."""
     tile = min(size, tile)

@@ -9,8 +9,9 @@ from adaptive_attention_moe import (
     TokenRouter,
     load_balancing_loss,
 )
+from experiment.tiling import reflected
 from model_variants import DnCNN, UNet
-from small_vit import MODELS, SmallViT, ViTConfig, count_parameters, reflected
+from small_vit import MODELS, SmallViT, ViTConfig, count_parameters
 from topk_attention import topk_attention
 
 
@@ -298,6 +299,9 @@ def test_denoise_gives_the_images_as_they_are_shown(vit):
         (lambda: setattr(SmallViT(MODELS["routed"]), "capacity", 2), "got 2"),
         (lambda: setattr(SmallViT(MODELS["routed"]), "capacity", None), "configuration"),
         (lambda: setattr(SmallViT(), "capacity", 0.5), "configuration"),
+        (lambda: setattr(AdaptiveAttentionMoE(), "capacity", 0.5), "without a capacity"),
+        (lambda: setattr(AdaptiveAttentionMoE(capacity=0.5), "capacity", -1), "got -1"),
+        (lambda: setattr(AdaptiveAttentionMoE(capacity=0.5), "capacity", None), "got None"),
         (lambda: topk_attention(*[torch.zeros(1, 4, 2)] * 3, 0), "got 0"),
         (lambda: ViTConfig(image_size=30), "image_size=30, patch_size=4"),
         (lambda: ViTConfig(channels=(8, 8, 8)), "make patches of 8, got patch_size=4"),

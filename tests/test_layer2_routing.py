@@ -244,6 +244,22 @@ def test_fixed_choices_serve_every_place_once_in_two_blocks(choice):
     assert sorted(first[0].tolist() + second[0].tolist()) == list(range(64))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (30, 45)])
+def test_the_noisiest_attend(seeded, size):
+    """The quarter of the image that has noise, of a flat image and of a ramp."""
+    model = VARIANTS["capacity, by noise"]()
+    high, wide = (n // 8 for n in size)  # in patches
+    image = torch.linspace(0, 1, size[1]).expand(1, 3, *size).clone()
+    image[..., : 4 * high, : 4 * wide] += 0.3 * torch.randn(3, 4 * high, 4 * wide)
+    noisy = torch.zeros([math.ceil(n / 4) for n in size], dtype=torch.bool)
+    noisy[:high, :wide] = True
+    model.capacity = noisy.float().mean().item()
+    _, routings = model(image)
+    for block, routing in zip(model.blocks, routings, strict=True):
+        chosen = block.attention.choose(routing)[0]
+        assert sorted(chosen.tolist()) == noisy.flatten().nonzero().flatten().tolist()
+
+
 def test_the_pattern_lies_evenly():
     """Half of the tokens are a checkerboard, a quarter every second one of every second row."""
     ranks = spread_ranks(64).view(8, 8)

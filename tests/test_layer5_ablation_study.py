@@ -16,9 +16,10 @@ from conftest import assert_refused, write_images
 from experiment.evaluation import evaluate
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
+from experiment.tiling import InTiles
 from experiment.timing import count_flops
 from experiment.user_errors import Diverged
-from model_variants import VARIANTS, InTiles
+from model_variants import VARIANTS
 from small_vit import load_model
 
 DRAWN = {"dataset": "photos", "noise_level": [0.05, 0.4], "noise_map": "ramp", "tiles": []}

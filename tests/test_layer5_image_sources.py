@@ -172,10 +172,10 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
     for suffix in ("png", "tif", "pgm"):
         cv2.imwrite(str(tmp_path / f"deep.{suffix}"), np.tile(values, (32, 6)))
         image, _ = read_rgb(tmp_path / f"deep.{suffix}")
-        assert image[0, :6, 0].tolist() == [0, 0, 199, 77, 254, 255], suffix
+        assert image[0, :6, 0].tolist() == [0, 1, 199, 77, 255, 255], suffix
     ten_bits = (np.tile([0, 512, 1023], (32, 11))[:, :32]).astype(">u2")
     (tmp_path / "ten.pgm").write_bytes(b"P5 32 32 1023\n" + ten_bits.tobytes())
-    assert read_rgb(tmp_path / "ten.pgm")[0][0, :3, 0].tolist() == [0, 127, 255]
+    assert read_rgb(tmp_path / "ten.pgm")[0][0, :3, 0].tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
