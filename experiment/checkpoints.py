@@ -92,7 +92,7 @@ def listed(values):
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-EARLIER = listed(DEFAULTS) | {"noise_map": "uniform"}  # what recipes that lack it mean
+EARLIER = listed(DEFAULTS)  # what recipes that lack it mean
 
 
 def plain(value):
