@@ -315,7 +315,7 @@ def sigma_map(kind, clean, noise_range, uniform):
     if kind == "ramp":
         along, across = (2 * math.pi * first).cos(), (2 * math.pi * first).sin()
         place = (along * (x - 0.5) + across * (y - 0.5)) / (along.abs() + across.abs()) + 0.5
-        return low * (high / low) ** place if high > low else low + 0 * place
+        return draw_sigma(place, noise_range)
     area, (stretch, top, left) = 1 / 6 + first / 3, others
     height = area.sqrt() * 2 ** (stretch - 0.5)  # at most 1, as the width is
     width = area / height

@@ -54,14 +54,12 @@ class NoisyImageDataset(torch.utils.data.Dataset):
 
     def to(self, device):
         """The same data set on another device."""
-        given = {"stream": self.stream, "device": device, "degradation": self.degradation}
-        return NoisyImageDataset(self.split, **given)
+        return NoisyImageDataset(self.split, None, self.stream, device, self.degradation)
 
     def at(self, noise_level, count=None):
         """The same images, or the first of them, with noise of another σ."""
         noise = replace(self.degradation, noise_level=noise_level)
-        given = {"stream": self.stream, "device": self.device, "degradation": noise}
-        return NoisyImageDataset(self.split[:count], **given)
+        return NoisyImageDataset(self.split[:count], None, self.stream, self.device, noise)
 
     def __len__(self):
         return len(self.split)
