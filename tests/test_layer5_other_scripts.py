@@ -313,6 +313,8 @@ def test_recipes_from_before_the_maps_mean_one_sigma_for_an_image(of_regions, ca
     assert process.returncode == 0, process.stderr
     assert "trained on photos with σ = 0.05 to 0.4\n" in process.stdout
     assert "\nphotos, 13 test images, σ = 0.225\n" in process.stdout  # their middle
+    process = call(compare_baselines, "--checkpoint", "old.pt", "--model-only", "--unclipped")
+    assert "\nphotos, 13 test images, σ = 0.225, unclipped\n" in process.stdout
 
 
 # Baselines -----------------------------------------------------------------------------------
