@@ -31,7 +31,7 @@ from denoising_experiment_proper import BUDGETS, RECIPES, recipe_of, train
 from experiment.checkpoints import check, check_same_recipe, loads, real, whole
 from experiment.command_line import add_output, make_parser, number, select_device
 from experiment.cuda_graphs import ReplayedModel
-from experiment.degradations import damage_of
+from experiment.degradations import degradation_in
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, spread
 from experiment.image_sources import SIZE, load_images
 from experiment.run_files import locked, write_figure, write_text
@@ -199,7 +199,7 @@ def draw(rows, recipe):
         places = list(points) if recipe["tiles"] else [of[0]["mflops"] for of in points.values()]
         style = "--" if name.endswith("local") else "-"
         axis.errorbar(places, means, stds, fmt=f".{style}", capsize=3, label=name)
-    title = f"{recipe['dataset']}, {damage_of(recipe)}"
+    title = f"{recipe['dataset']}, {degradation_in(recipe)}"
     if recipe["tiles"]:
         title += f", trained on crops of {recipe['crop']}×{recipe['crop']}"
     place = "separate tiles (pixels)" if recipe["tiles"] else "MFLOP per image"

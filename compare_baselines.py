@@ -231,7 +231,7 @@ def main():
         if getattr(args, name) is not None and not of_noise:
             raise UserError(f"--{name} is for noise; drop the option")
     for dataset in map(test_set.at, levels) if levels else [test_set]:
-        kind = "" if not of_noise or dataset.degradation.clipped else ", unclipped"
+        kind = ", unclipped" if of_noise and dataset.degradation.unclipped else ""
         print(f"\n{source.name}, {len(test_set):,} test images, {dataset.degradation}{kind}")
         if of_noise:
             figures = compare(model, dataset, not args.model_only)

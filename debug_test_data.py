@@ -8,6 +8,7 @@ Says loudly when something looks wrong, and then exits with 1.
 import torch
 
 from experiment.command_line import make_parser
+from experiment.degradations import degradation_in
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
 from experiment.user_errors import run_main
@@ -52,7 +53,7 @@ def main():
     args = parser.parse_args()
     source = load_images(args.dataset, args.data_dir, args.seed)
     problems = []
-    datasets = noisy_splits(source, args.noise_level, noise_map=args.noise_map)
+    datasets = noisy_splits(source, degradation_in(vars(args)))
     print(f"{source.name}: {len(source.classes)} classes, {datasets[0].degradation}")
     for name, dataset in zip(("train", "val", "test"), datasets, strict=True):
         images = dataset.split.images

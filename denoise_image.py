@@ -29,7 +29,7 @@ from experiment.command_line import (
     select_device,
 )
 from experiment.cuda_graphs import ReplayedModel
-from experiment.degradations import damage_of
+from experiment.degradations import degradation_in
 from experiment.photo_files import FORMATS, WRITTEN, check_format, read_photo, write_photo
 from experiment.run_files import place_of, write_figure
 from experiment.tiling import OVERLAP, PROBE, TILE, denoise, estimate_noise, middle
@@ -149,8 +149,9 @@ def read_model(path, device):
         UserError: it cannot be had, or was not trained on photographs.
     """
     checkpoint = read_checkpoint(path)
-    if checkpoint["recipe"].get("task", "denoise") != "denoise":
-        raise UserError(f"{path} was trained for {damage_of(checkpoint['recipe'])}, not for noise")
+    degradation = degradation_in(checkpoint["recipe"])
+    if degradation.task != "denoise":
+        raise UserError(f"{path} was trained for {degradation}, not for noise")
     if not checkpoint["recipe"].get("crop"):
         raise UserError(
             f"{path} was trained on thumbnails; name a model for photographs, as "

@@ -113,13 +113,12 @@ class Recipe:
     def splits(self, source):
         """(train, val, test) NoisyImageDatasets of an image source."""
         side, degradation = self.crop or SIZE, degradation_in(asdict(self))
-        if degradation and side % degradation.multiple:
+        if side % degradation.multiple:
             raise UserError(
                 f"--scale {self.scale} does not divide the {side} pixels of a training image; "
                 "give a --crop that it divides"
             )
-        kind = (self.lossless_share, not self.unclipped, self.noise_map, degradation)
-        return noisy_splits(source, self.noise_level, *kind)
+        return noisy_splits(source, degradation, self.lossless_share)
 
     def as_dict(self):
         """Plain values that torch.save and JSON give back as they were."""

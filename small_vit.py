@@ -11,7 +11,7 @@ from adaptive_attention_moe import AdaptiveAttentionMoE, check_capacity
 from conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import select_device
-from experiment.degradations import as_range, damage_of, degradation_in
+from experiment.degradations import degradation_in
 from experiment.image_sources import SIZE, load_images
 from experiment.noisy_images import noisy_splits
 from experiment.tiling import reflected
@@ -330,9 +330,8 @@ def load_for_evaluation(args, same_images=False):
     checkpoint = read_checkpoint(args.checkpoint)
     model = build_model(checkpoint, args.checkpoint).to(device)
     recipe = checkpoint["recipe"]
-    level, noise_map = as_range(recipe["noise_level"]), recipe.get("noise_map", "uniform")
     degradation = degradation_in(recipe)
-    trained = f"trained on {recipe['dataset']} with {damage_of(recipe)}"
+    trained = f"trained on {recipe['dataset']} with {degradation}"
     epochs = f"epoch {checkpoint['epoch']} of {recipe['epochs']}"
     parameters = f"{count_parameters(model):,} parameters"
     print(printable(f"{args.checkpoint}: {parameters}, {epochs}, {trained}"))
@@ -341,12 +340,8 @@ def load_for_evaluation(args, same_images=False):
     if crop and not same_images:
         crop = min(crop, SIZE)  # smaller photographs than those of the training are welcome, too
     source = load_images(dataset, args.data_dir, recipe["seed"], crop, not same_images)
-    if args.noise_level and degradation:
+    if args.noise_level and degradation.task != "denoise":
         raise UserError(f"--noise-level: {args.checkpoint} was trained for {degradation}; drop it")
-    if args.noise_level:
-        level, noise_map = args.noise_level, "uniform"
-    if not same_images and noise_map == "uniform":
-        level = (sum(level) / 2,) * 2
     if same_images and (
         source.name != recipe["dataset"]
         or recipe.get("images_sha256") not in (None, source.sha256())
@@ -356,9 +351,14 @@ def load_for_evaluation(args, same_images=False):
             f"{recipe['dataset']}; name the same ones with --dataset"
         )
     share = recipe["lossless_share"] if same_images else None
-    unclipped = getattr(args, "unclipped", None)
-    unclipped = recipe.get("unclipped", False) if unclipped is None else unclipped
-    splits = noisy_splits(source, level, share, not unclipped, noise_map, degradation)
+    changes = {}
+    if args.noise_level:
+        changes = {"noise_level": args.noise_level, "noise_map": "uniform"}
+    elif not same_images and getattr(degradation, "noise_map", None) == "uniform":
+        changes = {"noise_level": sum(degradation.noise_range) / 2}
+    if getattr(args, "unclipped", None) is not None:
+        changes["unclipped"] = args.unclipped
+    splits = noisy_splits(source, degradation_in(recipe | changes), share)
     return checkpoint, model, source, splits
 
 

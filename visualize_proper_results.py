@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import add_output, make_parser
-from experiment.degradations import DEFAULTS, damage_of
+from experiment.degradations import degradation_in
 from experiment.evaluation import (
     evaluate,
     psnr,
@@ -241,13 +241,10 @@ def others_for(dataset, paths):
     models = []
     for path in paths:
         checkpoint = read_checkpoint(path)
-        recipe = DEFAULTS | checkpoint["recipe"]
-        asked = dataset.degradation
-        scale = getattr(asked, "scale", recipe["scale"])
-        if (recipe["task"], recipe["scale"]) != (asked.task, scale):
+        own, asked = degradation_in(checkpoint["recipe"]), dataset.degradation
+        if (own.task, own.multiple) != (asked.task, asked.multiple):  # which is the scale
             raise UserError(
-                f"--beside {path}: it was trained for {damage_of(recipe)}, not for {asked}; "
-                "name others"
+                f"--beside {path}: it was trained for {own}, not for {asked}; name others"
             )
         models.append((path, build_model(checkpoint, path)))
     return models

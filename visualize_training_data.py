@@ -11,6 +11,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from experiment.command_line import add_output, make_parser
+from experiment.degradations import degradation_in
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
 from experiment.run_files import check_picture, write_figure
@@ -153,7 +154,7 @@ def main():
     args = parser.parse_args()
     check_picture(args.output)
     source = load_images(args.dataset, args.data_dir, args.seed)
-    train_set = noisy_splits(source, args.noise_level, noise_map=args.noise_map)[0]
+    train_set = noisy_splits(source, degradation_in(vars(args)))[0]
     batches = train_set.shuffled_batches(MEASURED_IMAGES, args.seed, epoch=1, with_sigma=True)
     noisy, clean, _, sigma = next(batches)
     checks, difference = check_noise(noisy, clean, sigma)

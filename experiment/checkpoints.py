@@ -7,7 +7,7 @@ import zipfile
 import torch
 
 from experiment.data_parallel import rank
-from experiment.degradations import DEFAULTS, DRAWS, OPTIONS_OF, SCALES, Compression, Holes
+from experiment.degradations import DEFAULTS, DRAWS, KINDS
 from experiment.muon import state_shapes
 from experiment.run_files import csv_text, replace_when_complete, write_text
 from experiment.user_errors import Diverged, UserError
@@ -25,23 +25,15 @@ def real(value):
     return type(value) in (int, float) and 0 <= value < 1e300
 
 
-def noise(value):
-    """A check: a σ, or a pair of it that ascends from above 0 or is twice the same."""
-    pair = value if isinstance(value, list | tuple) else [value, value]
-    if len(pair) != 2 or not all(map(real, pair)):
-        return False
-    return pair[0] == pair[1] or 0 < pair[0] < pair[1]
-
-
-def taken_by(degradation, one):
-    """A check: a list of numbers, each of a check, that a degradation takes."""
+def taken_by(task, one):
+    """A check: a number or several, each of a check, that the task's degradation takes."""
 
     def taken(value):
-        if not isinstance(value, list) or not all(map(one, value)):
+        if not all(map(one, value if isinstance(value, list | tuple) else [value])):
             return False
         try:
-            degradation(tuple(value))
-        except ValueError:
+            KINDS[task](value)
+        except (TypeError, ValueError):
             return False
         return True
 
@@ -66,7 +58,8 @@ def loads(value):
     )
 
 
-RECIPE = {"dataset": str, "seed": whole(0), "epochs": whole(1), "noise_level": noise}
+RECIPE = {"dataset": str, "seed": whole(0), "epochs": whole(1)}
+RECIPE |= {"noise_level": taken_by("denoise", real)}
 RECIPE |= {"lossless_share": lambda v: v is None or (real(v) and v <= 1), "val_images": whole(1)}
 CHECKPOINT = {"model": weights, "config": dict, "recipe": RECIPE, "epoch": whole(1)}
 CHECKPOINT |= {"val_mse": real}
@@ -74,11 +67,11 @@ TEST = dict.fromkeys(("mse", "psnr_std", "ssim_mean", "ssim_std"), real)
 TEST |= {"noisy_psnr_mean": float, "psnr_mean": float, "images": whole(1), "utilisation": loads}
 LATER = {"crop": lambda v: v is None or whole(1)(v), "unclipped": bool}  # not in old recipes
 LATER |= {"noise_map": lambda v: isinstance(v, str) and v in DRAWS}
-LATER |= {"task": lambda v: isinstance(v, str) and v in OPTIONS_OF}
+LATER |= {"task": lambda v: isinstance(v, str) and v in KINDS}
 LATER |= {
-    "scale": lambda v: type(v) is int and v in SCALES,
-    "holes": taken_by(Holes, real),
-    "quality": taken_by(Compression, whole(1)),
+    "scale": taken_by("super-resolution", whole(1)),
+    "holes": taken_by("inpaint", real),
+    "quality": taken_by("jpeg", whole(1)),
 }
 IF_THERE = {"test": TEST, "dataset": str, "train_seconds": real}
 ROW = dict.fromkeys(("train_mse", "val_mse", "lr", "seconds"), real)
@@ -92,7 +85,7 @@ def listed(values):
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-EARLIER = listed(DEFAULTS) | {"noise_map": "uniform"}  # what recipes that lack it mean
+EARLIER = listed(DEFAULTS)  # what recipes that lack it mean
 
 
 def plain(value):

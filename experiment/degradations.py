@@ -8,7 +8,7 @@ numbers, same images.
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import cv2
@@ -21,18 +21,12 @@ from experiment.user_errors import UserError
 
 SCALES = (2, 3, 4)
 BEST_QUALITY = 95  # of JPEG; above it Pillow's files grow and hardly gain
-OPTIONS_OF = {
-    "denoise": ("noise_level", "noise_map", "unclipped"),
-    "super-resolution": ("scale",),
-    "inpaint": ("holes",),
-    "jpeg": ("quality",),
-}
 # How σ differs over an image, see `sigma_map`, and the random numbers that this takes.
 DRAWS = {"uniform": 1, "regions": 4, "ramp": 1, "signal": 1}
 
 
 class Degradation:
-    """What most of them have in common."""
+    """What most of them have in common; their fields are the options of their task."""
 
     channels = 3  # of the degraded images
     multiple = 1  # of which sides have to be
@@ -44,13 +38,13 @@ class GaussianNoise(Degradation):
     """degraded = clamp(clean + σ·N(0, 1), 0, 1).
 
     Raises:
-        ValueError: noise_range does not ascend from above 0 and is not twice the same; or an
-            unknown noise_map.
+        ValueError: noise_level is negative, or a pair that does not ascend from above 0 and is not
+            twice the same; or an unknown noise_map.
     """
 
-    noise_range: tuple = (0.2, 0.2)  # (low, high) of σ, for pixel values in [0, 1]
+    noise_level: tuple | float = (0.2, 0.2)  # (low, high) of σ, or one, of values in [0, 1]
     noise_map: str = "uniform"  # of DRAWS: how σ differs over an image
-    clipped: bool = True  # to [0, 1]; the field's benchmarks on photographs do not
+    unclipped: bool = False  # not clamped to [0, 1], as the field's benchmarks on photographs
 
     task = "denoise"
 
@@ -65,16 +59,24 @@ class GaussianNoise(Degradation):
             )
 
     @property
+    def noise_range(self):
+        level = self.noise_level
+        return tuple(level) if isinstance(level, tuple | list) else (level,) * 2
+
+    @property
     def numbers(self):
         return DRAWS[self.noise_map]
 
     def __str__(self):
-        return noise_text(self.noise_range, self.noise_map)
+        """As "σ = 0.2", "σ = 25/255", "σ = 0.05 to 0.4 (regions)"."""
+        low, high = self.noise_range
+        of_map = f" ({self.noise_map})" if self.noise_map != "uniform" else ""
+        return f"σ = {in_short(low)}" + (f" to {in_short(high)}{of_map}" if high > low else "")
 
     def __call__(self, clean, noise, numbers):
         sigma = sigma_map(self.noise_map, clean, self.noise_range, numbers).float()
         noisy = noise * sigma + clean
-        return (noisy.clamp(0, 1) if self.clipped else noisy), sigma
+        return (noisy if self.unclipped else noisy.clamp(0, 1)), sigma
 
 
 @dataclass(frozen=True)
@@ -120,22 +122,22 @@ class Holes(Degradation):
         ValueError: the shares do not ascend in 0 … MOST_HOLES, without 0.
     """
 
-    shares: tuple = (0.1, 0.4)  # (low, high) of the pixels that are unknown, uniform between them
+    holes: tuple = (0.1, 0.4)  # (low, high) of the pixels that are unknown, uniform between them
 
     task = "inpaint"
     channels = 4
 
     def __post_init__(self):
-        low, high = self.shares
+        low, high = self.holes
         if not 0 < low <= high <= MOST_HOLES:
-            raise ValueError(f"shares must ascend in 0 … {MOST_HOLES}, got {self.shares}")
+            raise ValueError(f"shares must ascend in 0 … {MOST_HOLES}, got {self.holes}")
 
     def __str__(self):
-        return f"holes of {100 * self.shares[0]:g} to {100 * self.shares[1]:g} %"
+        return f"holes of {100 * self.holes[0]:g} to {100 * self.holes[1]:g} %"
 
     def __call__(self, clean, noise, numbers):
         size = clean.shape[2:]
-        masks = [draw_mask(size, self.shares, u) for u in numbers.flatten().tolist()]
+        masks = [draw_mask(size, self.holes, u) for u in numbers.flatten().tolist()]
         known = torch.from_numpy(np.stack(masks)).to(clean).unsqueeze(1)  # [n, 1, h, w]
         return torch.cat([pull_push(clean, known), known], 1), 1 - known
 
@@ -237,32 +239,32 @@ def stroke(size, side, rng):
     return area == 1
 
 
-KINDS = {kind.task: kind for kind in (SuperResolution, Holes, Compression)}
-DEFAULTS = {"task": GaussianNoise.task, "scale": SuperResolution.scale}  # of a recipe
-DEFAULTS |= {"holes": Holes.shares, "quality": Compression.quality}
+KINDS = {kind.task: kind for kind in (GaussianNoise, SuperResolution, Holes, Compression)}
+OPTIONS_OF = {task: [field.name for field in fields(kind)] for task, kind in KINDS.items()}
+DEFAULTS = {"task": GaussianNoise.task}  # of a recipe
+DEFAULTS |= {field.name: field.default for kind in KINDS.values() for field in fields(kind)}
 
 
 def degradation_in(recipe):
-    """The degradation of a recipe as a dict; None for noise, which has more entries there.
+    """The degradation of a recipe, or of a script's options, as a dict.
 
     Raises:
-        UserError: its entries are out of their range.
+        UserError: its entries are out of their range; or a noise_map that needs a range of σ has
+            one σ alone.
     """
-    settings = DEFAULTS | recipe  # earlier versions wrote none of them
+    settings = DEFAULTS | recipe  # earlier versions wrote fewer
     task = settings["task"]
-    if task not in KINDS:
-        return None
-    value = settings[OPTIONS_OF[task][0]]
+    values = (settings[name] for name in OPTIONS_OF[task])
     try:
-        return KINDS[task](tuple(value) if isinstance(value, list | tuple) else value)
+        degradation = KINDS[task](*(tuple(v) if isinstance(v, list) else v for v in values))
     except ValueError as error:
         raise UserError(f"--task {task}: {error}") from None
-
-
-def damage_of(recipe):
-    """What the images of a recipe, as a dict, have suffered, in words."""
-    noise = (as_range(recipe["noise_level"]), recipe.get("noise_map", "uniform"))
-    return str(degradation_in(recipe) or noise_text(*noise))
+    noise_map = getattr(degradation, "noise_map", "uniform")
+    if noise_map != "uniform" and len(set(degradation.noise_range)) == 1:
+        raise UserError(
+            f"--noise-map {noise_map} lies between two values of σ; give --noise-level LOW HIGH"
+        )
+    return degradation
 
 
 def check_options(task, given):
@@ -274,11 +276,6 @@ def check_options(task, given):
 
 
 # Noise ----------------------------------------------------------------------------------------
-
-
-def as_range(noise_level):
-    """(low, high) of a σ or of a pair."""
-    return tuple(noise_level) if isinstance(noise_level, tuple | list) else (noise_level,) * 2
 
 
 def draw_sigma(uniform, noise_range):
@@ -318,20 +315,13 @@ def sigma_map(kind, clean, noise_range, uniform):
     if kind == "ramp":
         along, across = (2 * math.pi * first).cos(), (2 * math.pi * first).sin()
         place = (along * (x - 0.5) + across * (y - 0.5)) / (along.abs() + across.abs()) + 0.5
-        return low * (high / low) ** place if high > low else low + 0 * place
+        return draw_sigma(place, noise_range)
     area, (stretch, top, left) = 1 / 6 + first / 3, others
     height = area.sqrt() * 2 ** (stretch - 0.5)  # at most 1, as the width is
     width = area / height
     top, left = top * (1 - height), left * (1 - width)
     inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
     return torch.where(inside, high, low)
-
-
-def noise_text(noise_range, noise_map="uniform"):
-    """A range of σ in words: "σ = 0.2", "σ = 25/255", "σ = 0.05 to 0.4 (regions)"."""
-    low, high = noise_range
-    of_map = f" ({noise_map})" if noise_map != "uniform" and high > low else ""
-    return f"σ = {in_short(low)}" + (f" to {in_short(high)}" if high > low else "") + of_map
 
 
 def in_short(sigma):

@@ -15,7 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from experiment.cuda_graphs import ReplayedModel
-from experiment.degradations import damage_of
+from experiment.degradations import degradation_in
 
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 FLAT = 1e-6  # mean gradient of an image of one value
@@ -199,7 +199,7 @@ def results_box(checkpoint, result, device):
     experts = "experts, none" if checkpoint["config"].get("capacity") else "experts"
     rows = [
         ("data set", f"{recipe['dataset']}, {len(result.psnr):,} test images"),
-        ("noise" if of_noise else "task", damage_of(recipe)),
+        ("noise" if of_noise else "task", str(degradation_in(recipe))),
         ("parameters", f"{recipe['parameters']:,}"),
         ("training", f"{recipe['epochs']} epochs in {minutes:.1f} min on {device}"),
         ("best epoch", f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from experiment.degradations import GaussianNoise, as_range
+from experiment.degradations import GaussianNoise
 from experiment.image_sources import Split
 from experiment.user_errors import UserError
 
@@ -30,28 +30,15 @@ class NoisyImageDataset(torch.utils.data.Dataset):
             from which every image draws a σ of its own, see `draw_sigma`.
         stream: a number that keeps the noise of one split apart from that of another.
         device: torch.device of the images and of all that the data set yields.
-        clipped: clamp the noisy images to [0, 1]; the field's benchmarks on photographs do not.
-        noise_map: how σ differs over an image, between the two of noise_level; see
-            degradations.sigma_map.
-        degradation: of degradations.py, in place of noise.
+        degradation: of degradations.py, in place of noise of that level.
 
     Raises:
         ValueError: noise_level is negative or no such pair, or the images are not uint8
             [n, 3, h, w] or a list of [3, h, w].
     """
 
-    def __init__(
-        self,
-        split,
-        noise_level=0.2,
-        stream=0,
-        device="cpu",
-        clipped=True,
-        noise_map="uniform",
-        degradation=None,
-    ):
-        noise = GaussianNoise(as_range(noise_level), noise_map, clipped)
-        self.degradation = degradation or noise
+    def __init__(self, split, noise_level=0.2, stream=0, device="cpu", degradation=None):
+        self.degradation = degradation or GaussianNoise(noise_level)
         self.whole = isinstance(split.images, list)
         for images in split.images if self.whole else [split.images]:
             if images.dtype != torch.uint8 or images.ndim != (3 if self.whole else 4):
@@ -67,14 +54,12 @@ class NoisyImageDataset(torch.utils.data.Dataset):
 
     def to(self, device):
         """The same data set on another device."""
-        given = {"stream": self.stream, "device": device, "degradation": self.degradation}
-        return NoisyImageDataset(self.split, **given)
+        return NoisyImageDataset(self.split, None, self.stream, device, self.degradation)
 
     def at(self, noise_level, count=None):
         """The same images, or the first of them, with noise of another σ."""
-        noise = replace(self.degradation, noise_range=as_range(noise_level))
-        given = {"stream": self.stream, "device": self.device, "degradation": noise}
-        return NoisyImageDataset(self.split[:count], **given)
+        noise = replace(self.degradation, noise_level=noise_level)
+        return NoisyImageDataset(self.split[:count], None, self.stream, self.device, noise)
 
     def __len__(self):
         return len(self.split)
@@ -210,23 +195,15 @@ def _generator(*key, device="cpu"):
     return torch.Generator(device).manual_seed(seed)
 
 
-def noisy_splits(
-    source, noise_level, lossless_share=None, clipped=True, noise_map="uniform", degradation=None
-):
-    """(train, val, test) NoisyImageDatasets of an image source, with noise of their own.
+def noisy_splits(source, degradation, lossless_share=None):
+    """(train, val, test) NoisyImageDatasets of an image source, with random numbers of their own.
 
     With a lossless_share, validation is left to the losslessly stored images. A split that the
     source does not have is None.
 
     Raises:
-        UserError: a lossless_share is given, but there are not both kinds of files; or a noise_map
-            that needs a range of σ, but one σ alone.
+        UserError: a lossless_share is given, but there are not both kinds of files.
     """
-    low, high = as_range(noise_level)
-    if noise_map != "uniform" and not low < high:
-        raise UserError(
-            f"--noise-map {noise_map} lies between two values of σ; give --noise-level LOW HIGH"
-        )
     train, val, test = source.train, source.val, source.test
     if lossless_share is not None:
         if any(split.lossless.all() or not split.lossless.any() for split in (train, val)):
@@ -236,7 +213,6 @@ def noisy_splits(
             )
         val = val[val.lossless]
     return tuple(
-        split
-        and NoisyImageDataset(split, noise_level, stream, "cpu", clipped, noise_map, degradation)
+        split and NoisyImageDataset(split, stream=stream, degradation=degradation)
         for stream, split in enumerate((train, val, test))
     )

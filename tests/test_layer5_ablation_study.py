@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 import ablation_study
 import denoising_experiment_proper as experiment
 from conftest import assert_refused, write_images
+from experiment.degradations import GaussianNoise
 from experiment.evaluation import evaluate
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
@@ -239,7 +240,7 @@ def test_parts_of_a_trained_model_are_replaced(trained, photos, call, monkeypatc
     assert process.stdout.splitlines()[-1].endswith("images 51   dataset photos")
     table = dict(re.findall(r"^\| ([a-z].*?) \| ([\d.]+) \|", process.stdout, re.MULTILINE))
     assert len(table) == 10
-    test_set = noisy_splits(replace(photos, test=photos.test[::4]), 0.2)[2]
+    test_set = noisy_splits(replace(photos, test=photos.test[::4]), GaussianNoise())[2]
     result = evaluate(load_model(trained.path / "model.pt"), test_set)
     assert table["as trained"] == f"{result.psnr.mean():.2f}"
 

@@ -17,6 +17,7 @@ import debug_test_data
 import denoising_experiment_proper as experiment
 from conftest import assert_refused, write_images
 from denoising_experiment_proper import Recipe
+from experiment.degradations import GaussianNoise
 from experiment.evaluation import sharpness, ssim
 from experiment.image_sources import LEAST_SIDE, load_images
 from experiment.noisy_images import noisy_splits
@@ -91,7 +92,7 @@ def test_crops_of_a_huge_image_are_spread_over_it(tmp_path):
 def test_lossless_files_alone_validate(folder):
     source = load_images(str(folder), seed=4)
     assert not source.val.lossless.all()
-    _, val_set, test_set = noisy_splits(source, 0.2, 0.5)
+    _, val_set, test_set = noisy_splits(source, GaussianNoise(), 0.5)
     assert len(val_set) == source.val.lossless.sum() > 0 and val_set.split.lossless.all()
     assert len(test_set) == len(source.test)
 

@@ -18,7 +18,7 @@ import visualize_proper_results
 import visualize_training_data
 from conftest import SHORT, read_csv, run_here
 from experiment.checkpoints import write_checkpoint
-from experiment.degradations import DRAWS, noise_text
+from experiment.degradations import DRAWS, GaussianNoise
 from experiment.evaluation import psnr
 from experiment.image_sources import load_images
 from experiment.noisy_images import NoisyImageDataset
@@ -115,7 +115,7 @@ def test_training_data_script_accepts_every_map(call, monkeypatch, noise_map):
     options = ("--noise-level", 0.05, 0.4, "--noise-map", noise_map)
     process = call(visualize_training_data, "--dataset", "photos", *options)
     assert process.returncode == 0, process.stdout
-    assert titles[0].endswith(f", {noise_text((0.05, 0.4), noise_map)}")
+    assert titles[0].endswith(f", {GaussianNoise((0.05, 0.4), noise_map)}")
     assert ("σ" in titles) == (noise_map != "uniform")
 
 
@@ -286,8 +286,8 @@ def test_a_checkpoint_names_its_map_and_is_reproduced(of_regions, call):
 def test_a_model_is_tested_with_its_map_or_with_one_sigma(
     of_regions, photos, call, monkeypatch, options, text
 ):
-    noise = ((0.05, 0.4), "regions") if not options else (0.2, "uniform")
-    test_set = NoisyImageDataset(photos.test[::16], noise[0], 2, noise_map=noise[1])
+    noise = GaussianNoise(0.2) if options else GaussianNoise((0.05, 0.4), "regions")
+    test_set = NoisyImageDataset(photos.test[::16], stream=2, degradation=noise)
     noisy = compare_baselines.measure(None, None, test_set)[1].mean()
     process = call(compare_baselines, "--checkpoint", of_regions, "--model-only", *options)
     assert process.returncode == 0, process.stderr
@@ -313,6 +313,8 @@ def test_recipes_from_before_the_maps_mean_one_sigma_for_an_image(of_regions, ca
     assert process.returncode == 0, process.stderr
     assert "trained on photos with σ = 0.05 to 0.4\n" in process.stdout
     assert "\nphotos, 13 test images, σ = 0.225\n" in process.stdout  # their middle
+    process = call(compare_baselines, "--checkpoint", "old.pt", "--model-only", "--unclipped")
+    assert "\nphotos, 13 test images, σ = 0.225, unclipped\n" in process.stdout
 
 
 # Baselines -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import visualize_proper_results
 from conftest import ROOT, assert_refused, interrupted_in_epoch, run_here
 from experiment import noisy_images, tiling
 from experiment.command_line import PHOTOGRAPH_CHECKPOINT
+from experiment.degradations import GaussianNoise
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
 from experiment.photo_files import read_photo
@@ -104,7 +105,7 @@ def test_crops_are_parts_of_the_photographs_in_all_eight_symmetries(tmp_path):
         for name in ("a", "b"):
             Image.fromarray(part.astype(np.uint8)).save(tmp_path / split / f"{name}.png")
     source = load_images(tmp_path, crop=32)
-    train_set = noisy_splits(source, 0.1)[0]
+    train_set = noisy_splits(source, GaussianNoise(0.1))[0]
     image, found = source.train.images[0], set()
     places = {
         image[:, top : top + 32, left : left + 32].numpy().tobytes(): (top, left)
@@ -140,13 +141,12 @@ def test_a_run_on_crops_goes_on_bit_for_bit(call, photographs, monkeypatch):
 
 
 def test_noise_is_unclipped_where_asked(photos):
-    for clipped in (True, False):
-        train_set, _, test_set = noisy_splits(photos, 0.2, clipped=clipped)
+    for unclipped in (False, True):
+        train_set, _, test_set = noisy_splits(photos, GaussianNoise(0.2, unclipped=unclipped))
         for batches in (train_set.shuffled_batches(256, 0, 1), test_set.batches(256)):
             noisy, clean, _ = next(iter(batches))
-            assert (noisy.min() < 0) == (noisy.max() > 1) == (not clipped)
-            if not clipped:
-                assert (noisy - clean).std() == pytest.approx(0.2, abs=1e-3)
+            assert (noisy.min() < 0) == (noisy.max() > 1) == unclipped
+            assert not unclipped or (noisy - clean).std() == pytest.approx(0.2, abs=1e-3)
 
 
 # Tiles ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import denoising_experiment_proper as experiment
 import visualize_proper_results
 import visualize_training_data
 from conftest import ROOT, SHORT, assert_refused, read_csv
+from experiment.degradations import GaussianNoise
 from experiment.evaluation import (
     draw_history,
     evaluate,
@@ -44,7 +45,7 @@ def test_training_lowers_the_loss(trained):
 
 
 def test_model_beats_the_best_gaussian_blur(trained, photos):
-    test_set = noisy_splits(photos, 0.2)[2]
+    test_set = noisy_splits(photos, GaussianNoise())[2]
     blur, strengths = compare_baselines.baselines(0.2)["Gaussian blur"]
     _, blurred, _ = compare_baselines.best_of(blur, strengths, test_set)
     assert trained.checkpoint["test"]["psnr_mean"] > blurred.mean()
@@ -94,7 +95,7 @@ def test_checkpoint_says_where_it_comes_from(trained):
 def test_load_model_gives_the_model_that_was_tested(trained, photos):
     model = load_model(trained.path / "model.pt")
     assert not model.training
-    result = evaluate(model, noisy_splits(photos, 0.2)[2])
+    result = evaluate(model, noisy_splits(photos, GaussianNoise())[2])
     assert result.psnr.mean() == pytest.approx(trained.checkpoint["test"]["psnr_mean"], abs=1e-3)
 
 
@@ -112,7 +113,7 @@ def test_shipped_checkpoints_are_the_models_of_the_options(
     """On photographs that none has seen; a model trained on their like has 25.5 dB."""
     shipped = load_model(ROOT / name)
     assert shipped.config == MODELS[model]
-    figures = evaluate(shipped, noisy_splits(photos, 0.2)[2]).summary()
+    figures = evaluate(shipped, noisy_splits(photos, GaussianNoise())[2]).summary()
     assert figures["psnr_mean"] == pytest.approx(psnr_mean, abs=0.02)
     assert figures["ssim_mean"] == pytest.approx(ssim_mean, abs=0.001)
 

@@ -5,12 +5,16 @@ import pytest
 import skimage.data
 import torch
 
-from experiment.degradations import DRAWS, noise_text
+from experiment.degradations import DRAWS, GaussianNoise
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from experiment.tiling import estimate_noise
 
 LOW, HIGH = 0.05, 0.4
 any_map = pytest.mark.parametrize("noise_map", DRAWS)
+
+
+def between(noise_map, unclipped=False):
+    return GaussianNoise((LOW, HIGH), noise_map, unclipped)
 
 
 def of_evaluation(dataset):
@@ -34,7 +38,7 @@ def oblong(photos):
     """A function(map) that gives 256 images of 24 rows and 32 columns with noise of it."""
     split = photos.train[:256]
     split.images = split.images[:, :, :24]
-    return lambda noise_map: NoisyImageDataset(split, (LOW, HIGH), 0, "cpu", False, noise_map)
+    return lambda noise_map: NoisyImageDataset(split, degradation=between(noise_map, True))
 
 
 # One σ for an image --------------------------------------------------------------------------
@@ -172,7 +176,7 @@ def test_noise_has_the_sigma_that_is_told(oblong, noise_map, draw):
 def test_every_image_stream_and_step_has_a_map_of_its_own(photos, noise_map):
     same = photos.test[[0] * 8]
     first, other = (
-        NoisyImageDataset(same, (LOW, HIGH), stream, noise_map=noise_map) for stream in (0, 1)
+        NoisyImageDataset(same, stream=n, degradation=between(noise_map)) for n in (0, 1)
     )
     maps = [first.sigma(0), first.sigma(1), other.sigma(0)]
     keys = [(0, 1), (0, 2), (1, 1)]  # of seed and epoch
@@ -186,12 +190,13 @@ def test_every_image_stream_and_step_has_a_map_of_its_own(photos, noise_map):
 
 @any_map
 def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
-    dataset = NoisyImageDataset(photos.test[:8], (LOW, HIGH), 3, "cpu", False, noise_map)
+    dataset = NoisyImageDataset(photos.test[:8], stream=3, degradation=between(noise_map, True))
     assert torch.equal(dataset.to("cpu")[5][0], dataset[5][0])
     fewer = dataset.at((2 * LOW, 2 * HIGH), 6)
     assert len(fewer) == 6 and fewer.degradation.noise_map == noise_map
     assert torch.allclose(fewer.sigma(5), 2 * dataset.sigma(5))
-    uniform = NoisyImageDataset(photos.test[:8], 0.1, 3, "cpu", False)
+    noise = GaussianNoise(0.1, unclipped=True)
+    uniform = NoisyImageDataset(photos.test[:8], stream=3, degradation=noise)
     one = dataset.at(0.1)
     assert torch.allclose(one.sigma(5), torch.tensor(0.1))
     assert torch.allclose(one[5][0], uniform[5][0], atol=1e-6)
@@ -199,8 +204,9 @@ def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
 
 
 @pytest.mark.parametrize(
-    ("noise_range", "noise_map", "text"),
+    ("noise_level", "noise_map", "text"),
     [
+        (0.2, "uniform", "σ = 0.2"),
         ((0.2, 0.2), "uniform", "σ = 0.2"),
         ((0.2, 0.2), "regions", "σ = 0.2"),
         ((0.05, 0.35), "uniform", "σ = 0.05 to 0.35"),
@@ -209,10 +215,8 @@ def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
         ((0.05, 0.4), "regions", "σ = 0.05 to 0.4 (regions)"),
     ],
 )
-def test_noise_in_words(photos, noise_range, noise_map, text):
-    assert noise_text(noise_range, noise_map) == text
-    dataset = NoisyImageDataset(photos.test[:1], noise_range, noise_map=noise_map)
-    assert str(dataset.degradation) == text
+def test_noise_in_words(noise_level, noise_map, text):
+    assert str(GaussianNoise(noise_level, noise_map)) == text
 
 
 # Reproducible and different -------------------------------------------------------------------
@@ -222,7 +226,8 @@ def test_noise_in_words(photos, noise_range, noise_map, text):
     ("level", "noise_map"), [(0.2, "uniform"), *(((LOW, HIGH), noise_map) for noise_map in DRAWS)]
 )
 def test_evaluation_noise_is_the_same_for_any_batch_size(photos, level, noise_map):
-    dataset = NoisyImageDataset(photos.test[:50], level, stream=2, noise_map=noise_map)
+    noise = GaussianNoise(level, noise_map)
+    dataset = NoisyImageDataset(photos.test[:50], stream=2, degradation=noise)
     whole = torch.cat([noisy for noisy, _, _ in dataset.batches(50)])
     for size in (1, 7, 64):
         assert torch.equal(torch.cat([noisy for noisy, _, _ in dataset.batches(size)]), whole)
@@ -231,7 +236,7 @@ def test_evaluation_noise_is_the_same_for_any_batch_size(photos, level, noise_ma
 
 
 def test_splits_epochs_and_images_have_noise_of_their_own(photos):
-    train, val, test = noisy_splits(photos, 0.2)
+    train, val, test = noisy_splits(photos, GaussianNoise())
     val.split = test.split  # the same images, so that only the noise can differ
     assert torch.equal(val[0][1], test[0][1])
     assert not torch.equal(val[0][0], test[0][0])

@@ -16,7 +16,8 @@ from conftest import (
     train_on,
     without_seconds,
 )
-from experiment.checkpoints import read_run
+from experiment.checkpoints import check_same_recipe, read_run
+from experiment.degradations import DEFAULTS
 from experiment.run_files import RunFiles
 from experiment.user_errors import UserError
 from small_vit import MODELS, SmallViT, load_model
@@ -134,6 +135,13 @@ def test_damaged_states_are_refused(few, interrupted, change):
         train_few(few, files, read_run(files, recipe, SmallViT()))
     assert len(str(refused.value)) < 400
     assert files.checkpoint.read_bytes() == written
+
+
+def test_what_an_earlier_recipe_lacks_are_the_defaults():
+    recipe = {name: experiment.Recipe().as_dict()[name] for name in DEFAULTS}
+    check_same_recipe({}, recipe, "", "")
+    with pytest.raises(UserError, match="unclipped False, this one has True"):
+        check_same_recipe({}, recipe | {"unclipped": True}, "", "")
 
 
 def test_good_states_are_not_refused(few, interrupted):

@@ -17,6 +17,7 @@ from conftest import (
     without_seconds,
 )
 from denoising_experiment_proper import RECIPES, Recipe
+from experiment.degradations import GaussianNoise
 from experiment.evaluation import evaluate
 from experiment.image_sources import load_images
 from experiment.muon import Muon, make_optimizer, orthogonalised
@@ -80,7 +81,7 @@ def test_a_training_ends_after_its_steps(call, folder):
     assert (checkpoint["recipe"]["steps"], checkpoint["recipe"]["epochs"]) == (6, 2)
     moments = experiment.train(
         SmallViT(),
-        *noisy_splits(load_images(folder), 0.2)[:2],
+        *noisy_splits(load_images(folder), GaussianNoise())[:2],
         Recipe(epochs=2, steps=6, batch_size=4),
     )
     assert {int(state["step"]) for state in moments["optimizer"].values()} == {6}
@@ -101,7 +102,7 @@ def test_the_best_epoch_is_kept_and_tested(call, folder, monkeypatch):
     checkpoint = torch.load("m.pt", weights_only=True)
     assert (checkpoint["epoch"], checkpoint["val_mse"]) == (2, 0.01)
     assert same_weights(checkpoint["model"], snapshots[1])
-    test_set = noisy_splits(load_images(str(folder)), 0.2)[2]
+    test_set = noisy_splits(load_images(str(folder)), GaussianNoise())[2]
     assert checkpoint["test"] == evaluate(load_model("m.pt"), test_set).summary()
 
 
