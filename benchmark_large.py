@@ -13,15 +13,16 @@ from experiment.command_line import PHOTOGRAPH_CHECKPOINT, autocast
 from experiment.evaluation import psnr
 from experiment.tiling import TILE, denoise
 from experiment.timing import alternate, peaks_apart, print_head, print_row
-from model_variants import ALL_KEYS, DnCNN, make_yardsticks, vit
+from model_variants import VARIANTS, DnCNN, make_yardsticks
 from small_vit import load_model
 
 MOST_GATHERED = 4096  # tokens; at 16,384 the straightforward layer takes tens of GiB
 PHOTOGRAPH = (321, 481)  # height and width of those of the field's first data set
 DENOISERS = {
-    "photographs": vit("photographs"),
-    "dense": vit("photographs", k_attend=(ALL_KEYS,)),
-    "a quarter attends": vit("routed-photographs"),
+    "photographs": VARIANTS["photographs"],
+    "dense": VARIANTS["photographs, dense"],
+    "a quarter attends": VARIANTS["photographs, capacity, by router"],
+    "no attention": VARIANTS["photographs, no attention"],
     "DnCNN of 20 layers": partial(DnCNN, depth=20),
 }
 
