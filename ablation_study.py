@@ -50,8 +50,7 @@ ROW |= {
     "utilisation": lambda v: v is None or loads(v),
 }
 TIMED_IMAGES, TIMED_ROUNDS, TIMED_SECONDS = 64, 9, 60
-PARTS = ("published", "uniform weights", "no load-balancing loss", "k = 64, 64, 64")
-PARTS += ("dense, one expert", "dense, one expert, widened")
+PARTS = list(VARIANTS)[:6]  # the published model's
 TILES_OF = "tiles of "
 IN_TILES = {TILES_OF: InTiles, "overlapping tiles of ": Tiled}  # the latter as denoise_image.py
 OF_A_TEST = ("checkpoint", "dataset", "data_dir", "noise_level", "device", "threads")  # options
@@ -314,7 +313,7 @@ def parse_args():
         "--variants",
         nargs="+",
         choices=VARIANTS,
-        default=list(PARTS),
+        default=PARTS,
         metavar="VARIANT",
         help=f"out of: {'; '.join(VARIANTS)} (default: the first six)",
     )

@@ -146,8 +146,7 @@ class NoisiestAttend(SmallViT):
     def forward(self, noisy):
         """As SmallViT's."""
         ranks = -noise_estimate(noisy, self.config.patch_size)
-        for block in self.blocks:
-            block.attention.reluctance = lambda routing: ranks
+        with_choice(self, lambda block, routing: ranks)
         return super().forward(noisy)
 
 

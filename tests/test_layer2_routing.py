@@ -246,7 +246,7 @@ def test_fixed_choices_serve_every_place_once_in_two_blocks(choice):
 
 @pytest.mark.parametrize("size", [(32, 32), (30, 45)])
 def test_the_noisiest_attend(seeded, size):
-    """The quarter of the image that has noise, of a flat image and of a ramp."""
+    """The quarter of a ramp that has noise."""
     model = VARIANTS["capacity, by noise"]()
     high, wide = (n // 8 for n in size)  # in patches
     image = torch.linspace(0, 1, size[1]).expand(1, 3, *size).clone()
