@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 try:
-    import topk_kernel
+    from experiment import topk_kernel
 except ImportError:  # this file works without it
     topk_kernel = None
 try:
-    import topk_kernel_long
+    from experiment import topk_kernel_long
 except ImportError:  # there is none without Triton
     topk_kernel_long = None
 
@@ -40,8 +40,8 @@ def topk_attention(query, key, value, k_attend):
     the order of the keys. One result, computed in one of six ways:
 
     - k_attend >= N_k is dense attention;
-    - on a GPU with Triton, short sequences are one kernel, see `topk_kernel.py`;
-    - with TOPK_KERNEL=long, longer ones are four kernels, see `topk_kernel_long.py`;
+    - on a GPU with Triton, short sequences are one kernel, see `experiment/topk_kernel.py`;
+    - with TOPK_KERNEL=long, longer ones are four kernels, see `experiment/topk_kernel_long.py`;
     - scores below each row's k-th largest are masked, and plain matrix products do the rest: at
       moderate lengths this is faster than gathering the selected values;
     - where all scores would be more than MAX_SCORES, that is done in blocks of queries, which are

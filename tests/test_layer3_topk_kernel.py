@@ -10,10 +10,10 @@ import torch
 from test_layer3_kernel_correctness import loop_attention
 
 import topk_attention as door
+from experiment.topk_kernel import MOST_KEYS, fits, topk_attention_short
 from topk_attention import topk_attention
-from topk_kernel import MOST_KEYS, fits, topk_attention_short
 
-long = pytest.importorskip("topk_kernel_long")  # not without Triton
+long = pytest.importorskip("experiment.topk_kernel_long")  # not without Triton
 topk_attention_long = long.topk_attention_long
 BOTH = (topk_attention_short, topk_attention_long)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -155,7 +155,7 @@ def test_backward_of_the_sparse_path_makes_no_scores(monkeypatch):
 
 def test_memory_of_the_long_kernel_grows_linearly():
     """No [N, N] tensor, forward and backward, and nothing of its size is kept."""
-    attend = pytest.importorskip("topk_kernel_long").topk_attention_long
+    attend = pytest.importorskip("experiment.topk_kernel_long").topk_attention_long
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kept, largest = {}, {}
     for tokens in (64, 128):

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-import topk_kernel
-from topk_kernel import _in_one_layout, _new, _packed, _precision, _scores, _store, _tile
+from experiment import topk_kernel
+from experiment.topk_kernel import _in_one_layout, _new, _packed, _precision, _scores, _store, _tile
 
 MOST_KEYS = 2**18  # places are counted in 32 bits
 TILE = 64  # queries and keys of a tile
