@@ -324,6 +324,7 @@ VARIANTS = {
     "one of 3 experts, by place": one_of_experts(learned=False),
     "refined": vit("refined"),
     "refined, dense, one expert": vit("refined", k_attend=(64,)),
+    "refined, no attention": without_attention("refined", d_ff=564),
     "quick": vit("quick"),
     "quick, no attention": without_attention("quick", d_ff=305),
     "photographs": vit("photographs"),

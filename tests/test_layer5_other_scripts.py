@@ -1,7 +1,9 @@
 """Layer 5, the scripts that look at a trained model, at the images and at classical methods."""
 
 import re
+import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,7 +333,45 @@ def test_classical_methods_get_their_best_strength_at_any_noise(photos, sigma):
             assert others.mean() < psnrs.mean() + 0.1, (name, best, other * sigma / 0.2)
 
 
-def test_baselines_table(folder, trained, call):
+def test_a_strength_is_chosen_on_a_hundred_images_and_tested_on_all(photos):
+    dataset, calls = NoisyImageDataset(photos.test[:150], 0.2), []
+
+    def blur(x, strength):
+        calls.append(strength)
+        return compare_baselines.baselines(0.2)["Gaussian blur"][0](x, strength)
+
+    strength, psnrs, _ = compare_baselines.best_of(blur, [0.2, 1.0, 5.0], dataset)
+    assert strength == 1.0
+    assert len(psnrs) == 150
+    assert [calls.count(s) for s in (0.2, 1.0, 5.0)] == [75, 75 + 150, 75]
+
+
+def test_bm3d_is_a_row_where_its_package_is_installed(folder, trained, call, monkeypatch):
+    told = []
+
+    def bm3d_rgb(noisy, sigma, profile):
+        told.append((noisy.shape, sigma, profile.num_threads))
+        return np.full_like(noisy, np.nan)
+
+    package = SimpleNamespace(bm3d_rgb=bm3d_rgb, BM3DProfile=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "bm3d", package)
+    options = ("--checkpoint", trained.path / "model.pt", "--dataset", folder)
+    process = call(compare_baselines, *options, "--noise-level", 0.1)
+    rows = re.findall(r"^\| (BM3D|noisy input).*?\| ([\d.]+ ± [\d.]+)", process.stdout, re.M)
+    assert [name for name, _ in rows] == ["noisy input", "BM3D"]
+    assert rows[0][1] == rows[1][1]  # what it cannot restore stays as it was
+    assert {shape for shape, *_ in told} == {(32, 32, 3)}
+    assert {threads for *_, threads in told} == {1}
+    assert {0.08, 0.09, 0.1} <= {round(sigma, 6) for _, sigma, _ in told}
+
+    told.clear()
+    small = np.random.default_rng(0).random((3, 8, 40), np.float32)
+    assert compare_baselines.by_bm3d(package, small, 0.1) is small
+    assert not told
+
+
+def test_baselines_table(folder, trained, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm3d", None)  # as if it were not installed
     process = call(
         compare_baselines, "--checkpoint", trained.path / "model.pt", "--dataset", folder
     )
