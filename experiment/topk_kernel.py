@@ -157,11 +157,11 @@ if triton is not None:
             reached = tl.where(enough, higher, reached)
         kept = ordered >= reached[:, None]
         # In the middle between kept and dropped ones, where rounding cannot reach it, if there is
-        # a number between them.
+        # a number between them; below all of them where none is dropped.
         least = tl.min(tl.where(kept, scores, float("inf")), 1)
         dropped = tl.max(tl.where(kept, float("-inf"), scores), 1)
         middle = (least + dropped) / 2
-        threshold = tl.where(middle > dropped, middle, least)
+        threshold = tl.where((middle > dropped) | (dropped == float("-inf")), middle, least)
 
         best = tl.max(scores, 1)
         weights = tl.where(kept, tl.exp(scores - best[:, None]), 0.0)

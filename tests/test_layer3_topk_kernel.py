@@ -175,14 +175,15 @@ def test_long_kernel_finds_the_best_where_they_share_a_column(k_attend):
     assert largest_error(query, key, value, k_attend, topk_attention_long) < 5e-6
 
 
-def test_long_kernel_puts_the_threshold_where_rounding_cannot_reach_it():
+@pytest.mark.parametrize(("attend", "keys"), zip(BOTH, (60, 100), strict=True))
+def test_kernel_puts_the_threshold_where_rounding_cannot_reach_it(attend, keys):
     """Between kept and dropped scores, or below all of them where there are no dropped ones."""
-    query, key, value = random_qkv(3, 100)
+    query, key, value = random_qkv(3, keys)
     scores = (query @ key.transpose(2, 3) / 4).topk(9).values
-    threshold = topk_attention_long(query, key, value, 8).grad_fn.saved_tensors[4]
+    threshold = attend(query, key, value, 8).grad_fn.saved_tensors[4]
     assert ((scores[..., 8] < threshold) & (threshold < scores[..., 7])).all()
     same = key[:, :, :1].expand_as(key)
-    threshold = topk_attention_long(query, same, value, 8).grad_fn.saved_tensors[4]
+    threshold = attend(query, same, value, 8).grad_fn.saved_tensors[4]
     assert (threshold == float("-inf")).all()
 
 
