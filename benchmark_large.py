@@ -10,6 +10,7 @@ import torch
 from torchvision.utils import make_grid
 
 from experiment.command_line import PHOTOGRAPH_CHECKPOINT, autocast
+from experiment.cuda_graphs import ReplayedModel
 from experiment.evaluation import psnr
 from experiment.tiling import TILE, denoise
 from experiment.timing import alternate, peaks_apart, print_head, print_row
@@ -100,7 +101,7 @@ def measure_photograph(effort, device, dtype):
     dict for each.
     """
     noisy, _ = noisy_photograph("astronaut", PHOTOGRAPH)
-    models = {name: make().to(device) for name, make in DENOISERS.items()}
+    models = {name: ReplayedModel(make().to(device)) for name, make in DENOISERS.items()}
     functions = {
         (name, tile): partial(denoise, model, noisy, tile, dtype=dtype)
         for tile in (TILE, max(PHOTOGRAPH))

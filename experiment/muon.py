@@ -73,13 +73,15 @@ class Muon(torch.optim.AdamW):
                 by_shape[p.flatten(1).shape].append(p)
         for shape, matrices in by_shape.items():
             gradients = torch.stack([p.grad.flatten(1) for p in matrices])
-            momenta = torch.stack([self._momentum_of(p) for p in matrices])
-            momenta.lerp_(gradients, 1 - group["momentum"])
+            buffers = [self._momentum_of(p) for p in matrices]
+            momenta = torch.stack(buffers).lerp_(gradients, 1 - group["momentum"])
             updates = orthogonalised(gradients.lerp_(momenta, group["momentum"]))
             updates.mul_(group["lr"] * 0.2 * max(shape) ** 0.5)
-            for p, momentum, update in zip(matrices, momenta, updates, strict=True):
-                self.state[p]["momentum_buffer"].copy_(momentum)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.reshape(p.shape))
+            torch._foreach_copy_(buffers, momenta.unbind())
+            weights = [p.flatten(1) for p in matrices]
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(weights, updates.unbind())
+            for p in matrices:
                 p.grad = None  # AdamW passes over it
         super().step()
 
