@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from denoising_experiment_proper import BUDGETS, RECIPES, recipe_of, train
+from denoising_experiment_proper import CAPACITIES, RECIPES, recipe_of, train
 from experiment.checkpoints import check, check_same_recipe, loads, real, whole
 from experiment.command_line import add_output, make_parser, number, select_device
 from experiment.cuda_graphs import ReplayedModel
@@ -37,9 +37,10 @@ from experiment.image_sources import SIZE, load_images
 from experiment.run_files import locked, write_figure, write_text
 from experiment.tiling import OVERLAP, InTiles, Tiled
 from experiment.timing import alternate, count_flops
+from experiment.trained_model import load_for_evaluation
 from experiment.user_errors import Diverged, UserError, run_main
 from model_variants import VARIANTS, replaced_parts
-from small_vit import MODELS, at_each, count_parameters, load_for_evaluation
+from small_vit import MODELS, at_each, build_model, count_parameters
 
 POINT = {"at": str, "psnr": real, "ssim": lambda v: v is None or real(v)}
 POINT["mflops"] = POINT["ssim"]  # None for tiles
@@ -80,9 +81,9 @@ def measure(name, recipe, splits, tiles):
         return row
     row["train_seconds"] = time.perf_counter() - started
     side = recipe.crop or SIZE
-    for budget in budgets_of(model):
+    for capacity in capacities_of(model):
         figures = evaluate(model, test_set).summary()
-        point = {"at": at(budget), "psnr": figures["psnr_mean"], "ssim": figures["ssim_mean"]}
+        point = {"at": at(capacity), "psnr": figures["psnr_mean"], "ssim": figures["ssim_mean"]}
         image = torch.rand(1, train_set.degradation.channels, side, side)
         row["points"].append(point | {"mflops": mflops(model, image)})
         row["utilisation"] = figures["utilisation"]
@@ -107,13 +108,13 @@ def made(name, channels):
         ) from None
 
 
-def budgets_of(model):
-    """Every budget of a model with a capacity, which it has then; else None once."""
-    return at_each(model, BUDGETS) if getattr(model, "capacity", None) else [None]
+def capacities_of(model):
+    """Every capacity of a model that has one, which it has then; else None once."""
+    return at_each(model, CAPACITIES) if getattr(model, "capacity", None) else [None]
 
 
-def at(budget):
-    return f"{100 * budget:g} %" if budget else "all"
+def at(capacity):
+    return f"{100 * capacity:g} %" if capacity else "all"
 
 
 @torch.inference_mode()
@@ -138,15 +139,15 @@ def measure_speed(names, channels, side, device):
         model = made(name, channels).to(device)
         passes = ReplayedModel(model).eval()
 
-        def take(budget, model=model, passes=passes):
-            if budget:
-                model.capacity = budget
+        def take(capacity, model=model, passes=passes):
+            if capacity:
+                model.capacity = capacity
             with torch.inference_mode():
                 passes(images)
 
-        for budget in budgets_of(model):
-            functions[name, at(budget)] = partial(take, budget)
-            take(budget)  # a pass is recorded when it comes again
+        for capacity in capacities_of(model):
+            functions[name, at(capacity)] = partial(take, capacity)
+            take(capacity)  # a pass is recorded when it comes again
     return alternate(functions, TIMED_ROUNDS, TIMED_SECONDS, device)
 
 
@@ -217,7 +218,7 @@ def against_size(points):
 
 def measure_replaced_parts(args):
     """Prints what becomes of a trained model when parts of it are replaced."""
-    _, model, source, (*_, test_set) = load_for_evaluation(args)
+    _, model, source, (*_, test_set) = load_for_evaluation(args, build_model)
     if model.capacity:
         raise UserError(
             f"--checkpoint {args.checkpoint}: its router also chooses which tokens attend, and "
@@ -357,6 +358,8 @@ def run_study(args, recipe, files, device):
     """Trains what is not in the files yet; returns the exit code."""
     if args.tiles and not recipe.crop:
         raise UserError("--tiles are parts of whole photographs; add --recipe photographs")
+    if args.tiles and recipe.task == "inpaint":
+        raise UserError("--tiles: inpainting is not tested in tiles; drop one of the two")
     if recipe.noise_level[1] < 1e-4:
         raise UserError(f"--noise-level {recipe.noise_level[1]:g}: there is no noise to remove")
     source = load_images(args.dataset or "cifar10", args.data_dir, crop=recipe.crop)

@@ -49,9 +49,7 @@ class SparseAttentionExpert(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model)
 
     def forward(self, x, chosen=None):
-        """[B, N, D] -> [B, N, D]; with `chosen` tokens [B, M, D], whose queries alone attend to
-        the keys of all, [B, M, D].
-        """
+        """[B, N, D] -> [B, N, D]; with `chosen` [B, M, D] these alone are queries -> [B, M, D]."""
         if chosen is None:
             query, key, value = self.project(x, self.query, self.key, self.value)
         else:
@@ -177,7 +175,7 @@ class AdaptiveAttentionMoE(nn.Module):
         return self.reluctance(routing).argsort(dim=1, stable=True)[:, :count]
 
     def reluctance(self, routing):
-        """[B, N, E + 1] -> [B, N]: the tokens of the least attend."""
+        """[B, N, E + 1] -> [B, N]: the tokens with the lowest values attend."""
         return routing[..., -1].detach()
 
 
@@ -191,7 +189,7 @@ def load_balancing_loss(routing, capacity=None):
     """KL(uniform ‖ mean routing probability) / E: zero when all experts carry the same load.
 
     Args:
-        routing: probabilities [..., E]; the mean is taken over all leading dimensions.
+        routing: probabilities [..., E]; the mean is taken over the leading dimensions, one or more.
         capacity: share of the tokens that attend. The last of `routing` is then the probability
             not to attend, whose load should be what remains, and the E - 1 experts share the rest.
 

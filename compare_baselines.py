@@ -27,8 +27,9 @@ from tqdm import tqdm
 from experiment.command_line import make_parser, number, ratio
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, ssim
 from experiment.tiling import OVERLAP, Tiled
+from experiment.trained_model import load_for_evaluation
 from experiment.user_errors import UserError, run_main
-from small_vit import load_for_evaluation
+from small_vit import build_model
 
 STEP, MOST_STEPS = 1.25, 20  # between strengths beyond the lists, and how many of them
 LEAST_SIGMA = 1e-3  # less noise than this is below that of 8 bits; some methods divide by it
@@ -259,7 +260,7 @@ def main():
     )
     args = parser.parse_args()
     levels, args.noise_level = args.noise_level, None
-    _, model, source, (*_, test_set) = load_for_evaluation(args)
+    _, model, source, (*_, test_set) = load_for_evaluation(args, build_model)
     if args.tile and not test_set.whole:
         raise UserError("--tile is for whole photographs; the test images here are thumbnails")
     model = Tiled(model, args.tile) if args.tile else model

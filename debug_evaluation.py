@@ -11,8 +11,9 @@ import math
 from experiment.checkpoints import TEST
 from experiment.command_line import make_parser
 from experiment.evaluation import evaluate, result_line, validation_batches, validation_mse
+from experiment.trained_model import load_for_evaluation
 from experiment.user_errors import UserError, run_main
-from small_vit import load_for_evaluation
+from small_vit import build_model
 
 # On the machine of the training the figures repeat exactly. Elsewhere, sums in another order can
 # exchange two almost equal keys at the edge of the top-k.
@@ -48,7 +49,7 @@ def main():
     )
     args = parser.parse_args()
     args.noise_level = None  # the one of the training: other figures are not stored
-    checkpoint, model, source, splits = load_for_evaluation(args, same_images=True)
+    checkpoint, model, source, splits = load_for_evaluation(args, build_model, same_images=True)
     recipe = checkpoint["recipe"]
     if "test" not in checkpoint:
         raise UserError(

@@ -68,7 +68,7 @@ __all__ = ["NoisyImageDataset", "SmallViT", "evaluate", "load_model", "train", "
 
 CLIP_NORM = 1.0
 WARM_UP = 0.1  # part of all steps
-BUDGETS = (1.0, 0.5, 0.25, 0.125)  # of a model with a capacity; steps take them in turn
+CAPACITIES = (1.0, 0.5, 0.25, 0.125)  # of a model with a capacity; steps take them in turn
 
 # The recipe ----------------------------------------------------------------------------------
 
@@ -165,6 +165,8 @@ def recipe_of(args):
         if "steps" in changes:
             raise UserError("--epochs and --steps both say how long to train; name one of them")
         changes["steps"] = None
+    elif "steps" in changes:  # may be less than an epoch, in which nothing would fall
+        changes["schedule"] = "step"
     recipe = replace(RECIPES[args.recipe], **changes)
     check_options(recipe.task, changes)
     if recipe.task != "denoise":  # nor do other tasks have the noise of the recipe
@@ -231,8 +233,9 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
     if state:
         history, best = state["history"], state["best"]
         model.load_state_dict(state["model"])
-        restore_optimizer(optimizer, state["optimizer"], files.resume)
-        save_run(state, files)  # a run may have been killed between two of its files
+        restore_optimizer(optimizer, state["optimizer"], files.resume if files else "the state")
+        if files:
+            save_run(state, files)  # a run may have been killed between two of its files
 
     # The step, parallel and replayed where it can be; a smaller last batch is left as it is
     whole, device = recipe.batch_size // world_size(), train_set.device
@@ -240,7 +243,7 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
     fast = DistributedDataParallel(fast) if world_size() > 1 else fast
     capacity = getattr(model, "capacity", None)
     steps, odd_steps = {}, {}
-    for share in BUDGETS if capacity else [None]:
+    for share in CAPACITIES if capacity else [None]:
         step = partial(training_step, recipe=recipe, capacity=share)
         steps[share] = replayed(partial(step, fast, optimizer), optimizer)
         odd_steps[share] = partial(step, model, optimizer)

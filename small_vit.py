@@ -1,6 +1,5 @@
 """The denoiser: a small vision transformer around the attention layer, and its checkpoints."""
 
-import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +9,8 @@ from torch import nn
 from adaptive_attention_moe import AdaptiveAttentionMoE, check_capacity
 from conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
 from experiment.checkpoints import read_checkpoint
-from experiment.command_line import select_device
-from experiment.degradations import degradation_in
-from experiment.image_sources import SIZE, load_images
-from experiment.noisy_images import noisy_splits
 from experiment.tiling import reflected
-from experiment.user_errors import UserError, printable
+from experiment.user_errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,17 @@ class ViTConfig:
                 type(n) is int and 1 <= n < 2**31 for n in value
             ):
                 raise ValueError(f"{name} must be ints of at least 1, got {value}")
+        if not self.k_attend:
+            raise ValueError("k_attend needs one budget per expert, got none")
+        if type(self.conv_depth) is not int or not 0 <= self.conv_depth < 2**16:
+            raise ValueError(f"conv_depth must be an int of at least 0, got {self.conv_depth}")
+        for name in ("residual", "positions", "local"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide d_model, got {self.num_heads} and {self.d_model}"
+            )
         if self.capacity is not None:
             check_capacity(self.capacity)
         if self.in_channels not in (3, 4):
@@ -102,13 +108,16 @@ class TransformerBlock(nn.Module):
     x + MoE(LN(x)) + conv(LN(x)): it also tells where neighbours are, as positions would.
     """
 
-    def __init__(self, d_model, num_heads, d_ff, k_attend, local=False, capacity=None):
+    def __init__(self, config):
         super().__init__()
+        d_model, d_ff = config.d_model, config.d_ff
         self.local = None
-        if local:
+        if config.local:
             self.local = nn.Conv2d(d_model, d_model, 3, padding=1, groups=d_model)
         self.norm1 = nn.LayerNorm(d_model)
-        self.attention = AdaptiveAttentionMoE(d_model, num_heads, k_attend, capacity)
+        self.attention = AdaptiveAttentionMoE(
+            d_model, config.num_heads, config.k_attend, config.capacity
+        )
         self.norm2 = nn.LayerNorm(d_model)
         self.ffn = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
 
@@ -145,13 +154,7 @@ class SmallViT(nn.Module):
             self.patch_embed = nn.Conv2d(config.in_channels, d_model, patch, stride=patch)
         if config.positions:
             self.position = nn.Parameter(0.02 * torch.randn(1, self.grid**2, d_model))
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                *(d_model, config.num_heads, config.d_ff),
-                *(config.k_attend, config.local, config.capacity),
-            )
-            for _ in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         if config.channels:
             self.decoder = ConvDecoder(*settings)
         else:
@@ -178,7 +181,7 @@ class SmallViT(nn.Module):
         It may be set at any time, also after training, to above 0 and at most 1.
 
         Raises:
-            ValueError: it is set to another value, or, from None or to None, at all.
+            ValueError: it is set out of its range, or the model was built without a capacity.
         """
         return getattr(self.blocks[0].attention, "capacity", None)  # studies put in other layers
 
@@ -201,7 +204,8 @@ class SmallViT(nn.Module):
         Returns:
             Tuple of images [B, 3, h, w] and the list of each block's routing probabilities
             [B, N, E]. The images are in [0, 1] in evaluation mode. In training mode they are not
-            clamped: a clamp has no gradient outside its range, and runs died of it.
+            clamped: a clamp has no gradient outside its range, and a model that once paints
+            everything black would stay black.
 
         Raises:
             ValueError: the images have another shape.
@@ -253,9 +257,12 @@ class SmallViT(nn.Module):
 def at_each(model, capacities):
     """Yields each capacity, which the model has then; afterwards it has its own again."""
     own = model.capacity
-    for model.capacity in capacities:
-        yield model.capacity
-    model.capacity = own
+    try:
+        for capacity in capacities:
+            model.capacity = capacity
+            yield capacity
+    finally:
+        model.capacity = own
 
 
 def zero_(layer):
@@ -308,73 +315,3 @@ def load_model(path):
         UserError: as read_checkpoint and build_model do.
     """
     return build_model(read_checkpoint(path), path)
-
-
-def load_for_evaluation(args, same_images=False):
-    """What a script that reads a model starts with: the model and the images it was trained on.
-
-    Args:
-        args: checkpoint, dataset (None: the model's), data_dir, noise_level (None: the model's),
-            device and threads of the command line, and unclipped where it has that.
-        same_images: refuse another data set than the one of the training, and keep a range of σ
-            from which images draw theirs; otherwise its middle is taken.
-
-    Returns:
-        (checkpoint dict, SmallViT on the device, ImageSource, NoisyImageDatasets for training,
-        validation and test: the test's alone is there unless same_images).
-
-    Raises:
-        UserError: one of them cannot be had.
-    """
-    device = select_device(args.device, args.threads)
-    checkpoint = read_checkpoint(args.checkpoint)
-    model = build_model(checkpoint, args.checkpoint).to(device)
-    recipe = checkpoint["recipe"]
-    degradation = degradation_in(recipe)
-    trained = f"trained on {recipe['dataset']} with {degradation}"
-    epochs = f"epoch {checkpoint['epoch']} of {recipe['epochs']}"
-    parameters = f"{count_parameters(model):,} parameters"
-    print(printable(f"{args.checkpoint}: {parameters}, {epochs}, {trained}"))
-    dataset = args.dataset or dataset_of(checkpoint, args.checkpoint, same_images)
-    crop = recipe.get("crop")
-    if crop and not same_images:
-        crop = min(crop, SIZE)  # smaller photographs than those of the training are welcome, too
-    source = load_images(dataset, args.data_dir, recipe["seed"], crop, not same_images)
-    if args.noise_level and degradation.task != "denoise":
-        raise UserError(f"--noise-level: {args.checkpoint} was trained for {degradation}; drop it")
-    if same_images and (
-        source.name != recipe["dataset"]
-        or recipe.get("images_sha256") not in (None, source.sha256())
-    ):
-        raise UserError(
-            f"{args.checkpoint} was trained and tested on other images than these, "
-            f"{recipe['dataset']}; name the same ones with --dataset"
-        )
-    share = recipe["lossless_share"] if same_images else None
-    changes = {}
-    if args.noise_level:
-        changes = {"noise_level": args.noise_level, "noise_map": "uniform"}
-    elif not same_images and getattr(degradation, "noise_map", None) == "uniform":
-        changes = {"noise_level": sum(degradation.noise_range) / 2}
-    if getattr(args, "unclipped", None) is not None:
-        changes["unclipped"] = args.unclipped
-    splits = noisy_splits(source, degradation_in(recipe | changes), share)
-    return checkpoint, model, source, splits
-
-
-def dataset_of(checkpoint, path, same_images):
-    """The --dataset of a checkpoint's training; `path` is the checkpoint's, for an error.
-
-    Raises:
-        UserError: it was a folder that is not there, or, for the same images, one not noted.
-    """
-    name = checkpoint["recipe"]["dataset"]
-    known = {"photos": "photos", "CIFAR-10": "cifar10"}
-    # Earlier versions did not note their folder; their models are shown on CIFAR-10 then.
-    dataset = checkpoint.get("dataset", known.get(name, None if same_images else "cifar10"))
-    if dataset not in known.values() and not (dataset and os.path.isdir(dataset)):
-        where = f", which is not at {dataset} any more" if dataset else ""
-        raise UserError(
-            f"{path} was trained on {name}{where}; name it, or other images, with --dataset"
-        )
-    return dataset

@@ -1,6 +1,6 @@
 """Exact top-k attention, for short and for long sequences; it needs torch alone.
 
-`topk_attention` is the door. What follows it are the ways to compute its one result.
+`topk_attention` is the entry point. What follows it are the ways to compute its one result.
 """
 
 import os
@@ -53,8 +53,8 @@ def topk_attention(query, key, value, k_attend):
 
     Args:
         query: [..., N_q, d_head].
-        key: [..., N_k, d_head].
-        value: [..., N_k, d_value].
+        key: [..., N_k, d_head], the leading dimensions those of the query.
+        value: [..., N_k, d_value], as well.
         k_attend: keys kept per query, at least 1; at N_k and above this is dense attention.
 
     Returns:
@@ -82,7 +82,11 @@ def topk_attention(query, key, value, k_attend):
     blocks = [
         # Nothing here is random, and a CUDA graph could not record the random state.
         checkpoint(
-            *(attend_by_masking, part, key, value, k_attend),
+            attend_by_masking,
+            part,
+            key,
+            value,
+            k_attend,
             use_reentrant=False,
             preserve_rng_state=False,
         )

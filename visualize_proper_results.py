@@ -26,8 +26,9 @@ from experiment.evaluation import (
     ssim,
 )
 from experiment.run_files import check_picture, check_writable, csv_text, write_figure, write_text
+from experiment.trained_model import load_for_evaluation
 from experiment.user_errors import UserError, printable, run_main
-from small_vit import at_each, build_model, load_for_evaluation
+from small_vit import at_each, build_model
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.
 PERCENTILES = (5, 23, 41, 59, 77, 95)
@@ -38,13 +39,13 @@ NAMES = {
     "jpeg": ("JPEG", "restored", "ground truth"),
 }
 DETAIL = 96  # side of the enlarged part of a photograph, pixels
-SHOWN_BUDGETS = (0.5, 0.25, 0.125)  # of the tokens that attend, of a model with such a choice
+SHOWN_CAPACITIES = (0.5, 0.25, 0.125)  # of the tokens that attend, of a model with such a choice
 
 
-def budget_table(model, dataset):
-    """Markdown table: PSNR and SSIM of a model with a capacity, of all tokens and SHOWN_BUDGETS."""
+def capacity_table(model, dataset):
+    """Markdown table: PSNR and SSIM for all tokens and for SHOWN_CAPACITIES."""
     rows = ["| of the tokens attend | PSNR (dB) | SSIM |", "|---|---|---|"]
-    for share in at_each(model, (1.0, *SHOWN_BUDGETS)):
+    for share in at_each(model, (1.0, *SHOWN_CAPACITIES)):
         result = evaluate(model, dataset)
         figures = f"{result.psnr.mean():.3f} | {result.ssim.mean():.4f}"
         rows.append(f"| {100 * share:g} % | {figures} |")
@@ -97,8 +98,8 @@ def attending(model, routings):
 def restore(model, noisy):
     """[3, h, w] -> the restored image and maps of what each block did, [blocks, E, rows, columns].
 
-    They are the routing weights of the experts or, with a capacity, for each of SHOWN_BUDGETS ones
-    where a token attends.
+    They are the routing weights of the experts or, with a capacity, for each of SHOWN_CAPACITIES
+    ones where a token attends.
     """
     noisy = noisy.unsqueeze(0).to(next(model.parameters()).device)
     rows = math.ceil(noisy.shape[2] / model.config.patch_size)
@@ -106,7 +107,7 @@ def restore(model, noisy):
     if model.capacity:
         decisions = [
             [a.float() for a in attending(model, model(noisy)[1])]
-            for _ in at_each(model, SHOWN_BUDGETS)
+            for _ in at_each(model, SHOWN_CAPACITIES)
         ]
         routings = [torch.stack(block, 2) for block in zip(*decisions, strict=True)]
     maps = torch.cat(routings).transpose(1, 2).unflatten(2, (rows, -1))
@@ -184,7 +185,7 @@ def draw_images(models, dataset, indices, title):
     columns = [f"expert k={k}" for k in model.config.k_attend]
     if model.capacity:
         colours = {"cmap": "gray", "vmin": 0, "vmax": 1}
-        columns = [f"{100 * budget:g} % attend" for budget in SHOWN_BUDGETS]
+        columns = [f"{100 * share:g} % attend" for share in SHOWN_CAPACITIES]
 
     damage, names = dataset.degradation, panel_names(dataset, [path for path, _ in models])
     differs = damage.task == "denoise" and damage.noise_map != "uniform"
@@ -272,7 +273,7 @@ def main():
     table = output.with_name(f"{output.stem}_images.csv")
     check_picture(output)
     check_writable(table)
-    _, model, source, (*_, test_set) = load_for_evaluation(args)
+    _, model, source, (*_, test_set) = load_for_evaluation(args, build_model)
     models = [(args.checkpoint, model), *others_for(test_set, args.beside)]
     result = evaluate(model, test_set)
 
@@ -296,7 +297,7 @@ def main():
     print(summary_table(result))
     if model.capacity:
         print(f"\n{100 * model.capacity:g} % of the tokens attend")
-        print(f"{decision_table(model, test_set)}\n\n{budget_table(model, test_set)}")
+        print(f"{decision_table(model, test_set)}\n\n{capacity_table(model, test_set)}")
     if test_set.degradation.task == "denoise":
         print("\n| σ | noisy (dB) | denoised (dB) |\n|---|---|---|")
         for level, before, after in psnr_against_noise(model, test_set):

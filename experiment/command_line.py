@@ -141,11 +141,10 @@ OPTIONS = {
         ),
         "model": dict(help="architecture"),
         "epochs": dict(type=number(int, 1), help="passes over the training images"),
-        "steps": dict(type=number(int, 1), help="steps to train for, in place of --epochs"),
-        "schedule": dict(
-            choices=["epoch", "step"],
-            help="of the learning rate: a cosine that falls once per epoch, or a warm-up and a "
-            "straight line to 0, in every step",
+        "steps": dict(
+            type=number(int, 1),
+            help="steps to train for, in place of --epochs; the learning rate then warms up and "
+            "falls straight to 0, a little in every step",
         ),
         "batch-size": dict(type=number(int, 1), help="images per step"),
         "optimizer": dict(

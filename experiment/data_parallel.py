@@ -81,8 +81,13 @@ def my_batches(train_set, recipe, epoch, sums):
     first = (epoch - 1) * per_epoch
     count = min(per_epoch, (recipe.steps or math.inf) - first)
     batches = train_set.shuffled_batches(
-        *(recipe.batch_size, recipe.seed, epoch, recipe.lossless_share),
-        *(recipe.flip, recipe.transpose, recipe.crop),
+        recipe.batch_size,
+        recipe.seed,
+        epoch,
+        lossless_share=recipe.lossless_share,
+        flip=recipe.flip,
+        transpose=recipe.transpose,
+        crop=recipe.crop,
     )
     bar = tqdm(
         itertools.islice(my_share(batches, recipe.batch_size), count),

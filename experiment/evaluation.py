@@ -19,6 +19,7 @@ from experiment.degradations import degradation_in
 
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 FLAT = 1e-6  # mean gradient of an image of one value
+MOST_PSNR = 100.0  # dB; more than this is rounding, and an infinite one would hide all others
 NOISE_LEVEL_PIXELS = 2**20  # of the first images of the test set: 1,024 thumbnails
 
 
@@ -50,21 +51,20 @@ class Evaluation:
 
 
 def psnr(restored, clean):
-    """PSNR in dB of one image by scikit-image, infinite for equal ones; [3, h, w] in [0, 1]."""
+    """PSNR in dB of one image by scikit-image, at most MOST_PSNR; [3, h, w] in [0, 1]."""
     with np.errstate(divide="ignore"):
-        return peak_signal_noise_ratio(clean, restored, data_range=1.0)
+        return min(MOST_PSNR, peak_signal_noise_ratio(clean, restored, data_range=1.0))
 
 
 def psnr_of(mse):
-    """PSNR in dB of a mean squared error of values in [0, 1]; infinite for 0."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf
+    """PSNR in dB of a mean squared error of values in [0, 1], at most MOST_PSNR."""
+    return min(MOST_PSNR, -10 * math.log10(mse)) if mse > 0 else MOST_PSNR
 
 
 def spread(values):
-    """(mean, std) over images or seeds; the std is of the finite ones, 0 where there is none."""
+    """(mean, std) over images or seeds."""
     values = np.asarray(values, dtype=np.float64)
-    finite = values[np.isfinite(values)]
-    return float(values.mean()), float(finite.std()) if len(finite) else 0.0
+    return float(values.mean()), float(values.std())
 
 
 def ssim(restored, clean):

@@ -236,7 +236,7 @@ def least_side(crop):
 def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     """(Split, int64 [n], the file that each image is from) of image files, of `fewest` at least."""
     decode = partial(_decode, folder, paths, crop)
-    of_these = partial(_can_be_decoded_from, len(paths))
+    of_these = partial(_can_be_decoded_from, paths)
     found = decode() if crop else remembered(paths, data_dir, decode, of_these)
     skipped = ""
     if len(found["skipped"]):
@@ -256,8 +256,11 @@ def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     return _split(found["images"], labels, found["lossless"], crop), torch.from_numpy(group)
 
 
-def _can_be_decoded_from(count, found):
-    """Whether `found` is what `_decode` makes of so many files."""
+def _can_be_decoded_from(paths, found):
+    """Whether `found` is what `_decode` makes of these files today.
+
+    Those that were skipped are tried again: there may be more memory now, or another decoder.
+    """
     images, files, lossless, skipped = (
         found[name] for name in ("images", "files", "lossless", "skipped")
     )
@@ -267,8 +270,24 @@ def _can_be_decoded_from(count, found):
         and files.shape == lossless.shape == images.shape[:1]
         and skipped.ndim == 1
         and (np.diff(files, prepend=0) >= 0).all()
-        and (files < count).all()
+        and (files < len(paths)).all()
+        and not any(_is_readable(paths[index]) for index in set(range(len(paths))) - {*files})
     )
+
+
+def _is_readable(path):
+    try:
+        return bool(_read_large_enough(path, SIZE))
+    except Exception:  # as in _decode
+        return False
+
+
+def _read_large_enough(path, least):
+    """What `read_rgb` gives for an image whose sides have so many pixels, or an exception."""
+    image, kept_all = read_rgb(path)
+    if min(image.shape[:2]) < least:
+        raise ValueError(f"{image.shape[1]}×{image.shape[0]} pixels, less than {least}")
+    return image, kept_all
 
 
 def _decode(folder, paths, crop):
@@ -280,9 +299,7 @@ def _decode(folder, paths, crop):
         tqdm(paths, f"reading {folder.name}", unit="file", leave=False, disable=None)
     ):
         try:
-            image, kept_all = read_rgb(path)
-            if min(image.shape[:2]) < least:
-                raise ValueError(f"{image.shape[1]}×{image.shape[0]} pixels, less than {least}")
+            image, kept_all = _read_large_enough(path, least)
         except Exception as error:
             skipped.append(f"{path} ({reason(error)})")
             continue

@@ -73,7 +73,9 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         return math.ceil(self.epoch_size / batch_size)
 
     def __getitem__(self, index):
-        """(noisy, clean, label): float32 [3, h, w] twice, clean in [0, 1], and a scalar int64."""
+        """(noisy, clean, label): float32 [3, h, w], of holes [4, h, w]; float32 [3, h, w] in
+        [0, 1]; a scalar int64.
+        """
         index = range(len(self))[index]
         return tuple(t[0] for t in self._batch_with_own_noise(range(index, index + 1))[:3])
 
@@ -120,7 +122,13 @@ class NoisyImageDataset(torch.utils.data.Dataset):
             crop: side of the random crops to take; None takes whole images, which must be of one
                 size.
             with_sigma: yield σ of every pixel, float32 [n, 3, h, w], as the fourth of a batch.
+
+        Raises:
+            ValueError: there is no image of a kind that the lossless_share asks for, or images of
+                different sizes are to be taken whole.
         """
+        if self.whole and not crop:
+            raise ValueError("images of sizes that differ need a crop")
         order = self._order(_generator(seed, epoch), lossless_share)
         for step, indices in enumerate(order.split(batch_size)):
             if crop:
@@ -156,6 +164,8 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         drawn = []
         for stored_lossless, count in ((True, wanted), (False, total - wanted)):
             pool = (self.split.lossless == stored_lossless).nonzero().flatten()
+            if count and not len(pool):
+                raise ValueError(f"no image is {'lossless' if stored_lossless else 'lossy'}")
             while count > 0:  # a pool smaller than its part is gone through again
                 drawn.append(pool[torch.randperm(len(pool), generator=generator)][:count])
                 count -= len(drawn[-1])

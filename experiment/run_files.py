@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
-import matplotlib
 from matplotlib import pyplot as plt
 
 from experiment.user_errors import UserError
 
-matplotlib.use("Agg")  # figures go to files, also where there is no display
-plt.rcParams["text.parse_math"] = False  # a $ in the name of a folder is no formula
 PICTURES = (".png", ".pdf", ".svg")
 
 

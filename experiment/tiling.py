@@ -45,6 +45,11 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
         raise ValueError(f"expected [h, w], [h, w, 1] or [h, w, 3], got {list(image.shape)}")
     if not 0 < overlap < tile:
         raise ValueError(f"overlap must be in 1 … tile - 1, got tile={tile}, overlap={overlap}")
+    if dtype not in ("float32", "bfloat16") or not 0 <= strength <= 1:
+        raise ValueError(
+            "dtype must be float32 or bfloat16 and strength in 0 … 1, "
+            f"got dtype={dtype!r}, strength={strength!r}"
+        )
     pixels = image.reshape(*image.shape[:2], -1)
     sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
     passes = (model if isinstance(model, ReplayedModel) else ReplayedModel(model)).eval()

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 
+import matplotlib
 import torch
 
 
@@ -63,6 +64,8 @@ def run_main(main):
 
     Bad input ends in one sentence on stderr and exit code 2, Ctrl-C in one and exit code 130.
     """
+    matplotlib.use("Agg")  # figures go to files, also where there is no display
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a folder is no formula
     out, err = PatientStream(sys.stdout), PatientStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -76,7 +79,10 @@ def run_main(main):
             exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
             if not exhausted and "allocate memory" not in str(error):
                 raise
-            code = refuse("there is not enough memory; use a smaller --batch-size or fewer images")
+            code = refuse(
+                "there is not enough memory; give it less at once: fewer or smaller images, a "
+                "smaller --batch-size or --tile where there is one"
+            )
         out.flush()
     sys.exit(code)
 

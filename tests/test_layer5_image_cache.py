@@ -42,11 +42,26 @@ def test_images_are_decoded_once(load, folder, capsys):
     (folder / "train" / "nowhere.png").symlink_to("nothing")
     first, count = load()
     said = capsys.readouterr().err
-    again, none = load()
-    assert (count, none) == (28, 0)
+    again, tried_again = load()
+    assert (count, tried_again) == (28, 2)
     assert again.sha256() == first.sha256()
     assert again.classes == first.classes
     assert "broken.png" in said and "nowhere.png" in said and capsys.readouterr().err == said
+
+
+def test_what_could_not_be_read_once_is_not_lost(load, folder, tmp_path, monkeypatch):
+    whole = load_images(str(folder), tmp_path / "elsewhere")
+    read_rgb = image_sources.read_rgb
+
+    def without_memory(path):
+        if path.name == "001.png":
+            raise MemoryError
+        return read_rgb(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(image_sources, "read_rgb", without_memory)
+        assert load()[0].sha256() != whole.sha256()
+    assert load()[0].sha256() == whole.sha256()
 
 
 @pytest.mark.parametrize("change", ["another image", "one more", "one less", "renamed"])

@@ -266,7 +266,7 @@ def few_tested(monkeypatch):
     """One of 16 test images where a checkpoint is evaluated."""
     monkeypatch.setattr("experiment.evaluation.NOISE_LEVELS", (0.2,))
     monkeypatch.setattr(
-        "small_vit.load_images",
+        "experiment.trained_model.load_images",
         lambda *a: replace(source := load_images(*a), test=source.test[::16]),
     )
 

@@ -16,7 +16,7 @@ import denoising_experiment_proper as experiment
 import visualize_proper_results
 import visualize_training_data
 from conftest import ROOT, SHORT, assert_refused, read_csv
-from experiment.degradations import GaussianNoise
+from experiment.degradations import KINDS, GaussianNoise
 from experiment.evaluation import (
     draw_history,
     evaluate,
@@ -147,7 +147,7 @@ def test_no_noise_is_no_obstacle(call, folder):
     for script in (visualize_proper_results, compare_baselines):
         process = call(script, "--checkpoint", "m.pt", *options)
         assert process.returncode == 0, process.stderr
-        assert "nan" not in process.stdout and "inf ± 0.00" in process.stdout
+        assert "nan" not in process.stdout and "100.00 ± 0.00" in process.stdout
     assert_refused(call(ablation_study, *options), "--noise-level", "no noise")
     assert call(visualize_training_data, *options).returncode == 0
     process = call(visualize_training_data, "--dataset", folder, "--noise-level", 1e-30)
@@ -162,16 +162,25 @@ def test_metrics_are_those_of_the_definitions(photos):
     noisy, clean, _ = (t.numpy() for t in NoisyImageDataset(photos.test)[3])
     mse = ((noisy.astype(np.float64) - clean) ** 2).mean()
     assert psnr(noisy, clean) == pytest.approx(10 * np.log10(1 / mse), abs=1e-4)
-    assert psnr(clean, clean) == np.inf
+    assert psnr(clean, clean) == 100
     assert ssim(clean, clean) == pytest.approx(1)
     by_hand = structural_similarity(clean, noisy, channel_axis=0, data_range=1.0)
     assert ssim(noisy, clean) == by_hand < 0.7
 
 
-def test_an_error_of_zero_is_an_infinite_psnr():
-    assert psnr_of(0.0) == np.inf and psnr_of(0.01) == pytest.approx(20)
-    assert spread([np.inf, np.inf]) == (np.inf, 0.0)
+def test_an_error_of_zero_hides_no_other():
+    assert psnr_of(0.0) == psnr_of(1e-11) == 100 and psnr_of(0.01) == pytest.approx(20)
     assert spread([1.0, 3.0]) == (2.0, 1.0)
+
+
+def test_an_image_without_damage_does_not_choose_the_strength(photos):
+    """A white image comes back from JPEG as it was, and by every strength of total variation."""
+    split = photos.test[:8]
+    smooth, strengths = compare_baselines.baselines(0.05)["total variation"]
+    jpeg = NoisyImageDataset(split, degradation=KINDS["jpeg"](quality=(10, 10)))
+    strength = compare_baselines.best_of(smooth, strengths, jpeg)[0]
+    split.images[-1] = 255
+    assert compare_baselines.best_of(smooth, strengths, jpeg)[0] == pytest.approx(strength, rel=0.5)
 
 
 def test_the_best_epoch_is_marked_in_the_curve():

@@ -6,6 +6,7 @@ import skimage.data
 import torch
 
 from experiment.degradations import DRAWS, GaussianNoise
+from experiment.image_sources import Split
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from experiment.tiling import estimate_noise
 
@@ -276,6 +277,17 @@ def test_lossless_share_is_kept(photos):
         labels = torch.cat([labels for _, _, labels in batches])
         assert len(labels) == 1000
         assert labels.double().mean().item() == lossless_share
+    split.lossless[:] = True
+    assert len(list(NoisyImageDataset(split).shuffled_batches(64, 0, 1, lossless_share=1.0))) == 16
+    with pytest.raises(ValueError, match="no image is lossy"):
+        next(dataset.shuffled_batches(64, 0, 1, lossless_share=0.5))
+
+
+def test_images_of_different_sizes_need_a_crop():
+    images = [torch.zeros(3, 8, side, dtype=torch.uint8) for side in (8, 12)]
+    dataset = NoisyImageDataset(Split(images, torch.zeros(2), torch.ones(2, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="need a crop"):
+        next(dataset.shuffled_batches(2, 0, 1))
 
 
 # Its estimate --------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ def test_a_training_ends_after_its_steps(call, folder):
     assert process.returncode == 0, process.stderr
     checkpoint = torch.load("m.pt", weights_only=True)
     assert (checkpoint["recipe"]["steps"], checkpoint["recipe"]["epochs"]) == (6, 2)
+    assert checkpoint["recipe"]["schedule"] == "step"
     moments = experiment.train(
         SmallViT(),
         *noisy_splits(load_images(folder), GaussianNoise())[:2],
