@@ -12,9 +12,9 @@ from matplotlib import pyplot as plt
 
 import ablation_study
 import denoising_experiment_proper as experiment
-from conftest import assert_refused, write_images
+from conftest import ROOT, assert_refused, write_images
 from experiment.degradations import GaussianNoise
-from experiment.evaluation import evaluate
+from experiment.evaluation import evaluate, plus_minus
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
 from experiment.tiling import InTiles
@@ -234,7 +234,7 @@ def test_parts_of_a_trained_model_are_replaced(trained, photos, call, monkeypatc
         source = load_images(*arguments)
         return replace(source, test=source.test[::4])
 
-    monkeypatch.setattr("small_vit.load_images", quarter)
+    monkeypatch.setattr("experiment.trained_model.load_images", quarter)
     process = call(ablation_study, "--checkpoint", trained.path / "model.pt")
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1].endswith("images 51   dataset photos")
@@ -263,7 +263,7 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
     for part in ("train", "test"):
         write_images(tmp_path / "few" / part, 2, size=(50, 40))
     options = ("--dataset", tmp_path / "few", "--recipe", "photographs", "--crop", 16)
-    options += ("--steps", 1, "--schedule", "step", "--seeds", 0, 1)
+    options += ("--steps", 1, "--seeds", 0, 1)
     names = ("photographs", "photographs, dense")
     process = call(ablation_study, *options, "--variants", *names, "--tiles", 48, 32, 48)
     assert process.returncode == 0, process.stderr
@@ -292,6 +292,8 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
         assert_refused(process, "ablation_study.json", "no result of this script")
     process = call(ablation_study, *options, "--tiles", 32, 64, "--output", "new.json")
     assert_refused(process, "--tiles 64: no side of a test image is above 50")
+    process = call(ablation_study, *options, "--tiles", 32, "--task", "inpaint")
+    assert_refused(process, "--tiles: inpainting is not tested in tiles")
     assert_refused(
         call(ablation_study, "--dataset", "photos", "--tiles", 32), "--recipe photographs"
     )
@@ -338,3 +340,15 @@ def test_tiles_are_restored_one_by_one():
     assert torch.equal(changed[..., 16:, :], restored[..., 16:, :])
     assert torch.equal(changed[..., :, 16:], restored[..., :, 16:])
     assert not changed[..., :16, :16].any()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("results/*.json")), ids=lambda path: path.stem)
+def test_the_report_has_the_figures_of_the_kept_studies(path):
+    """Of all variants with several seeds, which this version still makes as they were."""
+    recipe, report = json.loads(path.read_text())["recipe"], (ROOT / "FINAL_REPORT.md").read_text()
+    of_tiles = bool(recipe["tiles"])
+    for points in ablation_study.curves(ablation_study.read_rows(path, recipe)).values():
+        for at, of_seeds in points.items():
+            told = at.startswith("tiles of") if of_tiles else True
+            if told and len(of_seeds) > 1:
+                assert plus_minus([point["psnr"] for point in of_seeds], 3) in report
