@@ -175,7 +175,7 @@ def test_long_kernel_finds_the_best_where_they_share_a_column(k_attend):
     assert largest_error(query, key, value, k_attend, topk_attention_long) < 5e-6
 
 
-@pytest.mark.parametrize(("attend", "keys"), zip(BOTH, (60, 100), strict=True))
+@pytest.mark.parametrize(("attend", "keys"), list(zip(BOTH, (60, 100), strict=True)))
 def test_kernel_puts_the_threshold_where_rounding_cannot_reach_it(attend, keys):
     """Between kept and dropped scores, or below all of them where there are no dropped ones."""
     query, key, value = random_qkv(3, keys)
