@@ -2,9 +2,9 @@
 
     python compare_baselines.py --dataset photos --checkpoint photos.pt
 
-Where such a method has a strength, it gets the one, out of a short list, that is best on a hundred
-of these very images: the comparison favours it. Prints a Markdown table, with BM3D where the
-package bm3d is installed.
+Where such a method has a strength, it gets the one, out of a short list, that is best on up to a
+hundred of these very images: the comparison favours it. Prints a Markdown table, with BM3D where
+the package bm3d is installed.
 """
 
 import itertools
