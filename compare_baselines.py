@@ -3,8 +3,7 @@
     python compare_baselines.py --dataset photos --checkpoint photos.pt
 
 Where such a method has a strength, it gets the one, out of a short list, that is best on up to a
-hundred of these very images: the comparison favours it. Prints a Markdown table, with BM3D where
-the package bm3d is installed.
+hundred of these very images: the comparison favours it. Prints a Markdown table.
 """
 
 import itertools
@@ -28,21 +27,20 @@ from experiment.command_line import make_parser, number, ratio
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, ssim
 from experiment.tiling import OVERLAP, Tiled
 from experiment.trained_model import load_for_evaluation
-from experiment.user_errors import UserError, run_main
+from experiment.user_errors import UserError, reason, run_main
 from small_vit import build_model
 
 STEP, MOST_STEPS = 1.25, 20  # between strengths beyond the lists, and how many of them
 LEAST_SIGMA = 1e-3  # less noise than this is below that of 8 bits; some methods divide by it
 CHOSEN_ON = 100  # images, on which a strength is chosen
-LEAST_SIDE = 9  # pixels; the package bm3d dies of fewer
 
 
-def baselines(sigma):
+def baselines(sigma, bm3d=None):
     """{name: (function(noisy [3, h, w], strength) -> denoised, first strengths to try)}.
 
     Args:
-        sigma: standard deviation of the noise, above 0, which wavelet, non-local means and BM3D
-            are told.
+        sigma: standard deviation of the noise, above 0, which all but the first two are told.
+        bm3d: what `make_bm3d` makes; None leaves BM3D out.
     """
     scale = sigma / 0.2
     found = {
@@ -67,31 +65,34 @@ def baselines(sigma):
             [0.4, 0.6, 0.8],
         ),
     }
-    if bm3d := package_bm3d():
-        found["BM3D"] = (lambda x, s: by_bm3d(bm3d, x, s * sigma), [0.8, 0.9, 1.0])
+    if bm3d:
+        found["BM3D"] = (lambda x, s: bm3d(x, s * sigma), [0.8, 0.9, 1.0])
     return found
 
 
-def package_bm3d():
-    """The package bm3d, whose licence is for non-commercial use, or None where there is none."""
-    try:
-        import bm3d
-    except (ImportError, OSError):  # OSError: it has no library for this machine
-        return None
-    return bm3d
+def make_bm3d():
+    """function(noisy [3, h, w] of 9×9 pixels or more, sigma) -> denoised by BM3D, as in
+    "Collaborative filtering of correlated noise", Mäkinen et al. 2020.
 
-
-def by_bm3d(package, noisy, sigma):
-    """[3, h, w] -> the same by "Collaborative filtering of correlated noise", Mäkinen et al. 2020.
-
-    Images with a side of less than 9 pixels stay as they are.
+    Raises:
+        UserError: there is no package bm3d that works here.
     """
-    if min(noisy.shape[1:]) < LEAST_SIDE:
-        return noisy
-    profile = package.BM3DProfile()
+    try:
+        from bm3d import BM3DProfile, bm3d_rgb
+
+        profile = BM3DProfile()
+    except Exception as error:  # it loads a library of its own, which some machines cannot
+        raise UserError(
+            f"--bm3d needs the package of that name: pip install bm3d ({reason(error)})"
+        ) from None
     profile.num_threads = 1  # with more, results differ from call to call
-    denoised = package.bm3d_rgb(noisy.transpose(1, 2, 0), sigma, profile).transpose(2, 0, 1)
-    return np.where(np.isfinite(denoised), denoised, noisy)  # of one colour alone it makes NaN
+
+    def denoise(noisy, sigma):
+        with np.errstate(all="ignore"):
+            denoised = bm3d_rgb(noisy.transpose(1, 2, 0), sigma, profile).transpose(2, 0, 1)
+        return np.where(np.isfinite(denoised), denoised, noisy)  # of one colour alone it makes NaN
+
+    return denoise
 
 
 def lanczos(clean, degradation):
@@ -123,7 +124,7 @@ def other_baselines(test_set):
         return {"bicubic": lambda x, _: x, "Lanczos": lambda _, y: lanczos(y, degradation)}
     if degradation.task == "jpeg":
         smooth, strengths = baselines(sigma=0.05)["total variation"]
-        best = best_of(smooth, strengths, test_set)[0]
+        best = best_strength(smooth, strengths, test_set)
         name = f"total variation, strength {best:.3g}"
         return {"JPEG": lambda x, _: x, name: lambda x, _: smooth(x, best)}
     return {
@@ -173,10 +174,10 @@ def compare_others(model, test_set, classical):
 
 
 def measure(denoise, strength, dataset, every=1):
-    """(strength, psnr float64 [n] in dB, ssim float64 [n]) of a classical method, or of None.
+    """(psnr float64 [n] in dB, ssim float64 [n]) of a classical method, or of None.
 
     Args:
-        denoise, dataset: as for `best_of`.
+        denoise, dataset: as for `best_strength`.
         every: 1 for all images, n for every n-th.
     """
     scores = []
@@ -185,11 +186,11 @@ def measure(denoise, strength, dataset, every=1):
         x, y = (image.numpy() for image in pair)
         restored = np.clip(denoise(x, strength), 0, 1).astype(np.float32) if denoise else x
         scores.append((psnr(restored, y), ssim(restored, y)))
-    return (strength, *np.array(scores).T)
+    return np.array(scores).T
 
 
-def best_of(denoise, strengths, dataset):
-    """What `measure` gives for the strength of the best mean PSNR on up to CHOSEN_ON images.
+def best_strength(denoise, strengths, dataset):
+    """That of the best mean PSNR on up to CHOSEN_ON images.
 
     Args:
         denoise: function(noisy [3, h, w], strength) -> denoised.
@@ -198,34 +199,33 @@ def best_of(denoise, strengths, dataset):
         dataset: NoisyImageDataset.
     """
     every = math.ceil(len(dataset) / CHOSEN_ON)
-    results = [measure(denoise, strength, dataset, every) for strength in strengths]
+    found = {s: measure(denoise, s, dataset, every)[0].mean() for s in strengths}
     for _ in range(MOST_STEPS):
-        best = max(range(len(results)), key=lambda index: results[index][1].mean())
-        if best == 0:
-            results.insert(0, measure(denoise, results[0][0] / STEP, dataset, every))
-        elif best == len(results) - 1:
-            results.append(measure(denoise, results[-1][0] * STEP, dataset, every))
-        else:
+        best = max(found, key=found.get)
+        if min(found) < best < max(found):
             break
-    best = max(results, key=lambda result: result[1].mean())
-    return best if every == 1 else measure(denoise, best[0], dataset)
+        further = best / STEP if best == min(found) else best * STEP
+        found[further] = measure(denoise, further, dataset, every)[0].mean()
+    return max(found, key=found.get)
 
 
-def compare(model, test_set, classical):
+def compare(model, test_set, classical, bm3d=None):
     """Prints the table for one σ; returns the model's PSNR and SSIM of every image.
 
     Args:
         model: denoiser.
         test_set: NoisyImageDataset.
         classical: whether the classical methods are measured as well.
+        bm3d: as for `baselines`.
     """
     sigma = sum(test_set.degradation.noise_range) / 2  # where it differs over an image, a beginning
     print("\n| method | PSNR (dB) | SSIM |\n|---|---|---|")
-    print_row("noisy input", *measure(None, None, test_set)[1:])
-    methods = baselines(sigma) if classical and sigma >= LEAST_SIGMA else {}
+    print_row("noisy input", *measure(None, None, test_set))
+    methods = baselines(sigma, bm3d) if classical and sigma >= LEAST_SIGMA else {}
     for name in tqdm(methods, "methods", leave=False, disable=None):
-        strength, psnrs, ssims = best_of(*methods[name], test_set)
-        print_row(f"{name}, strength {strength:.3g}", psnrs, ssims)
+        denoise, strengths = methods[name]
+        strength = best_strength(denoise, strengths, test_set)
+        print_row(f"{name}, strength {strength:.3g}", *measure(denoise, strength, test_set))
     result = evaluate(model, test_set)
     print_row("**this model**", result.psnr, result.ssim)
     tqdm.write(f"rounded to 8 bits: {plus_minus(result.psnr_8_bits, 2)} dB")
@@ -255,8 +255,15 @@ def main():
         help="restore whole photographs in tiles of this side, as denoise_image.py does (default: "
         "as one)",
     )
-    group.add_argument(
+    methods = group.add_mutually_exclusive_group()
+    methods.add_argument(
         "--model-only", action="store_true", help="leave the classical methods out (default: no)"
+    )
+    methods.add_argument(
+        "--bm3d",
+        action="store_true",
+        help="measure BM3D as well, by the package bm3d, whose licence is for non-commercial use; "
+        "a second for a thumbnail, half a minute for a photograph (default: no)",
     )
     args = parser.parse_args()
     levels, args.noise_level = args.noise_level, None
@@ -268,14 +275,15 @@ def main():
     if levels and not of_noise:
         what = f"{args.checkpoint} was trained for {test_set.degradation}"
         raise UserError(f"--noise-level: {what}; drop the option")
-    for name in ("tile", "unclipped"):
-        if getattr(args, name) is not None and not of_noise:
+    for name in ("tile", "unclipped", "bm3d"):
+        if getattr(args, name) not in (None, False) and not of_noise:
             raise UserError(f"--{name} is for noise; drop the option")
+    bm3d = make_bm3d() if args.bm3d else None
     for dataset in map(test_set.at, levels) if levels else [test_set]:
         kind = ", unclipped" if of_noise and dataset.degradation.unclipped else ""
         print(f"\n{source.name}, {len(test_set):,} test images, {dataset.degradation}{kind}")
         if of_noise:
-            figures = compare(model, dataset, not args.model_only)
+            figures = compare(model, dataset, not args.model_only, bm3d)
         else:
             figures = compare_others(model, dataset, not args.model_only)
         print(f"\n{result_line(*figures, source.name)}")

@@ -78,9 +78,9 @@ class Muon(torch.optim.AdamW):
             updates = orthogonalised(gradients.lerp_(momenta, group["momentum"]))
             updates.mul_(group["lr"] * 0.2 * max(shape) ** 0.5)
             torch._foreach_copy_(buffers, momenta.unbind())
-            weights = [p.flatten(1) for p in matrices]
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_sub_(weights, updates.unbind())
+            updates = [u.view(p.shape) for u, p in zip(updates, matrices, strict=True)]
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(matrices, updates)
             for p in matrices:
                 p.grad = None  # AdamW passes over it
         super().step()

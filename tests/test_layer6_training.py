@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import denoising_experiment_proper as experiment
 from adaptive_attention_moe import load_balancing_loss
@@ -195,6 +196,18 @@ def test_muon_takes_the_definitions_second_step(seeded):
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 6**0.5 * update
     torch.testing.assert_close(weight.detach(), expected)
     assert (torch.linalg.svdvals(update) - 1).abs().max() < 0.3
+
+
+def test_muon_moves_weights_in_every_layout(seeded):
+    """A convolution's flattened kernel is a copy in channels-last, not the weight itself."""
+    convs = [nn.Conv2d(6, 8, 3) for _ in range(2)]
+    convs[1].load_state_dict(convs[0].state_dict())
+    convs[1].to(memory_format=torch.channels_last)
+    for conv in convs:
+        optimizer = Muon([conv.weight], lr=0.1, weight_decay=0.5)
+        conv(torch.ones(1, 6, 5, 5)).square().sum().backward()
+        optimizer.step()
+    assert torch.allclose(convs[0].weight, convs[1].weight, atol=1e-6)
 
 
 def test_muons_other_parameters_forget_squares_within_twenty_steps():
