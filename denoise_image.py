@@ -3,8 +3,8 @@
     python denoise_image.py photo.jpg                 # writes photo_denoised.png beside it
     python denoise_image.py holiday/ --output clean/  # all images of a folder
 
-It removes noise that is independent from pixel to pixel, of any strength up to σ = 0.3. The
-blotches that a camera's JPEG makes of noise are not of this kind. In Python:
+It removes noise that is independent from pixel to pixel, of any strength up to σ = 0.3. What
+JPEG leaves of noise is not, where colours are stored at half resolution. In Python:
 `denoise(load_model("models/photographs.pt"), array)`.
 """
 
@@ -36,6 +36,7 @@ from experiment.tiling import OVERLAP, PROBE, TILE, denoise, estimate_noise, mid
 from experiment.user_errors import UserError, printable, reason, run_main
 from small_vit import build_model
 
+NOTICEABLE = 0.02  # σ of noise that is told of where most of it stays
 SUFFIX, COMPARED = "_denoised", "_compare"  # ends of the names that are written
 
 
@@ -138,8 +139,13 @@ def denoise_file(path, output, model, args):
         figure = draw_comparison(photo.pixels, pixels, path.name)
         write_figure(figure, comparison_of(output), dpi=100)
     height, width = pixels.shape[:2]
-    noise = f"noise {estimate_noise(photo.pixels):.4f} → {estimate_noise(pixels):.4f}"
-    tqdm.write(printable(f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"))
+    before, after = estimate_noise(photo.pixels), estimate_noise(pixels)
+    line = (
+        f"{path}  {width}×{height}  noise {before:.4f} → {after:.4f}  {seconds:.1f} s  → {output}"
+    )
+    if before > NOTICEABLE and after > before / 2 and args.strength == 1:
+        line += "  (most of it stays: it is not independent from pixel to pixel)"
+    tqdm.write(printable(line))
 
 
 def read_model(path, device):

@@ -157,7 +157,7 @@ OPTIONS = {
         "loss": dict(
             choices=list(LOSSES),
             help="mean squared error; minus the mean PSNR; a smooth absolute error; 1 - SSIM; or "
-            "the first with LPIPS, by the package of that name",
+            "the first plus LPIPS, by the package of that name",
         ),
         "crop": dict(
             type=number(int, 1, most=4096),
@@ -298,8 +298,8 @@ def autocast(device, dtype):
 def keep_freed_memory():
     """Makes glibc keep the blocks that a step frees for the next step, at most its peak.
 
-    By default it returns them to the system, which has to clear every page of them again; a fifth
-    of the refined model's step goes there. Other C libraries are left as they are.
+    By default it returns them to the system, which has to clear every page of them again; about a
+    tenth of the refined model's step goes there. Other C libraries are left as they are.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

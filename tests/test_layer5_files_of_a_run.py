@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 
@@ -191,3 +192,20 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="disk is full"):
         write_checkpoint({}, tmp_path / "m.pt")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "stays"), [("a.png", False), ("a.jpg", True)])
+def test_noise_that_stays_is_told_of(call, name, stays):
+    """JPEG stores colours at half resolution, which joins the noise of four pixels."""
+    photo = skimage.data.chelsea()[:128, 100:228]
+    noisy = photo + 25 * np.random.default_rng(0).standard_normal(photo.shape)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(name, quality=97)
+    process = call(denoise_image, name)
+    assert process.returncode == 0, process.stderr
+    assert ("most of it stays" in process.stdout) == stays
+
+
+@pytest.mark.parametrize("bad", [{"strength": -1}, {"strength": 2}, {"dtype": "float31"}])
+def test_options_of_denoise_out_of_their_range_are_refused(bad):
+    with pytest.raises(ValueError, match="strength in 0 … 1"):
+        denoise_image.denoise(None, np.zeros((8, 8, 3), np.uint8), **bad)
