@@ -35,10 +35,7 @@ class SparseAttentionExpert(nn.Module):
 
     def __init__(self, d_model=128, num_heads=4, k_attend=32):
         super().__init__()
-        if d_model < 1 or num_heads < 1 or d_model % num_heads:
-            raise ValueError(
-                f"num_heads must divide d_model, got d_model={d_model}, num_heads={num_heads}"
-            )
+        check_heads(d_model, num_heads)
         if k_attend < 1:
             raise ValueError(f"k_attend must be at least 1, got {k_attend}")
         self.num_heads = num_heads
@@ -177,6 +174,14 @@ class AdaptiveAttentionMoE(nn.Module):
     def reluctance(self, routing):
         """[B, N, E + 1] -> [B, N]: the tokens with the lowest values attend."""
         return routing[..., -1].detach()
+
+
+def check_heads(d_model, num_heads):
+    """Raises a ValueError unless both are positive and num_heads divides d_model."""
+    if d_model < 1 or num_heads < 1 or d_model % num_heads:
+        raise ValueError(
+            f"num_heads must divide d_model, got d_model={d_model}, num_heads={num_heads}"
+        )
 
 
 def check_capacity(share):

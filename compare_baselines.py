@@ -6,7 +6,6 @@ Where such a method has a strength, it gets the one, out of a short list, that i
 hundred of these very images: the comparison favours it. Prints a Markdown table.
 """
 
-import itertools
 import math
 
 import cv2
@@ -124,7 +123,7 @@ def other_baselines(test_set):
         return {"bicubic": lambda x, _: x, "Lanczos": lambda _, y: lanczos(y, degradation)}
     if degradation.task == "jpeg":
         smooth, strengths = baselines(sigma=0.05)["total variation"]
-        best = best_strength(smooth, strengths, test_set)
+        best, _ = best_of(smooth, strengths, test_set)
         name = f"total variation, strength {best:.3g}"
         return {"JPEG": lambda x, _: x, name: lambda x, _: smooth(x, best)}
     return {
@@ -177,36 +176,38 @@ def measure(denoise, strength, dataset, every=1):
     """(psnr float64 [n] in dB, ssim float64 [n]) of a classical method, or of None.
 
     Args:
-        denoise, dataset: as for `best_strength`.
+        denoise, dataset: as for `best_of`.
         every: 1 for all images, n for every n-th.
     """
     scores = []
-    pairs = (pair for batch in dataset.batches() for pair in zip(*batch[:2], strict=True))
-    for pair in itertools.islice(pairs, 0, None, every):
-        x, y = (image.numpy() for image in pair)
+    for index in range(0, len(dataset), every):
+        x, y = (image.numpy() for image in dataset[index][:2])
         restored = np.clip(denoise(x, strength), 0, 1).astype(np.float32) if denoise else x
         scores.append((psnr(restored, y), ssim(restored, y)))
     return np.array(scores).T
 
 
-def best_strength(denoise, strengths, dataset):
-    """That of the best mean PSNR on up to CHOSEN_ON images.
+def best_of(denoise, strengths, dataset):
+    """The strength of the best mean PSNR on up to CHOSEN_ON images, and its figures on these.
 
     Args:
         denoise: function(noisy [3, h, w], strength) -> denoised.
         strengths: at least two, ascending, above 0. Where the best is at an edge, further ones are
             tried beyond it.
         dataset: NoisyImageDataset.
+
+    Returns:
+        (strength, what `measure` gives for it).
     """
     every = math.ceil(len(dataset) / CHOSEN_ON)
-    found = {s: measure(denoise, s, dataset, every)[0].mean() for s in strengths}
+    found = {s: measure(denoise, s, dataset, every) for s in strengths}
     for _ in range(MOST_STEPS):
-        best = max(found, key=found.get)
+        best = max(found, key=lambda s: found[s][0].mean())
         if min(found) < best < max(found):
             break
         further = best / STEP if best == min(found) else best * STEP
-        found[further] = measure(denoise, further, dataset, every)[0].mean()
-    return max(found, key=found.get)
+        found[further] = measure(denoise, further, dataset, every)
+    return max(found.items(), key=lambda of: of[1][0].mean())
 
 
 def compare(model, test_set, classical, bm3d=None):
@@ -224,8 +225,10 @@ def compare(model, test_set, classical, bm3d=None):
     methods = baselines(sigma, bm3d) if classical and sigma >= LEAST_SIGMA else {}
     for name in tqdm(methods, "methods", leave=False, disable=None):
         denoise, strengths = methods[name]
-        strength = best_strength(denoise, strengths, test_set)
-        print_row(f"{name}, strength {strength:.3g}", *measure(denoise, strength, test_set))
+        strength, figures = best_of(denoise, strengths, test_set)
+        if len(test_set) > CHOSEN_ON:
+            figures = measure(denoise, strength, test_set)
+        print_row(f"{name}, strength {strength:.3g}", *figures)
     result = evaluate(model, test_set)
     print_row("**this model**", result.psnr, result.ssim)
     tqdm.write(f"rounded to 8 bits: {plus_minus(result.psnr_8_bits, 2)} dB")
@@ -262,6 +265,7 @@ def main():
     methods.add_argument(
         "--bm3d",
         action="store_true",
+        default=None,
         help="measure BM3D as well, by the package bm3d, whose licence is for non-commercial use; "
         "a second for a thumbnail, half a minute for a photograph (default: no)",
     )
@@ -276,7 +280,7 @@ def main():
         what = f"{args.checkpoint} was trained for {test_set.degradation}"
         raise UserError(f"--noise-level: {what}; drop the option")
     for name in ("tile", "unclipped", "bm3d"):
-        if getattr(args, name) not in (None, False) and not of_noise:
+        if getattr(args, name) is not None and not of_noise:
             raise UserError(f"--{name} is for noise; drop the option")
     bm3d = make_bm3d() if args.bm3d else None
     for dataset in map(test_set.at, levels) if levels else [test_set]:

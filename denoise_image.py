@@ -140,9 +140,8 @@ def denoise_file(path, output, model, args):
         write_figure(figure, comparison_of(output), dpi=100)
     height, width = pixels.shape[:2]
     before, after = estimate_noise(photo.pixels), estimate_noise(pixels)
-    line = (
-        f"{path}  {width}×{height}  noise {before:.4f} → {after:.4f}  {seconds:.1f} s  → {output}"
-    )
+    noise = f"noise {before:.4f} → {after:.4f}"
+    line = f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"
     if before > NOTICEABLE and after > before / 2 and args.strength == 1:
         line += "  (most of it stays: it is not independent from pixel to pixel)"
     tqdm.write(printable(line))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from adaptive_attention_moe import AdaptiveAttentionMoE, check_capacity
+from adaptive_attention_moe import AdaptiveAttentionMoE, check_capacity, check_heads
 from conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
 from experiment.checkpoints import read_checkpoint
 from experiment.tiling import reflected
@@ -39,9 +39,11 @@ class ViTConfig:
     capacity: float | None = None  # share of the tokens that attend in a block; None: no choice
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "d_model", "num_layers", "num_heads", "d_ff"):
-            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) < 2**16:
-                raise ValueError(f"{name} must be an int of at least 1, got {getattr(self, name)}")
+        positive = ("image_size", "patch_size", "d_model", "num_layers", "num_heads", "d_ff")
+        for name, least in [*((name, 1) for name in positive), ("conv_depth", 0)]:
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value < 2**16:
+                raise ValueError(f"{name} must be an int of at least {least}, got {value}")
         for name in ("k_attend", "channels"):
             value = getattr(self, name)
             if not isinstance(value, tuple | list) or not all(
@@ -50,15 +52,10 @@ class ViTConfig:
                 raise ValueError(f"{name} must be ints of at least 1, got {value}")
         if not self.k_attend:
             raise ValueError("k_attend needs one budget per expert, got none")
-        if type(self.conv_depth) is not int or not 0 <= self.conv_depth < 2**16:
-            raise ValueError(f"conv_depth must be an int of at least 0, got {self.conv_depth}")
         for name in ("residual", "positions", "local"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        if self.d_model % self.num_heads:
-            raise ValueError(
-                f"num_heads must divide d_model, got {self.num_heads} and {self.d_model}"
-            )
+        check_heads(self.d_model, self.num_heads)
         if self.capacity is not None:
             check_capacity(self.capacity)
         if self.in_channels not in (3, 4):

@@ -236,7 +236,7 @@ def least_side(crop):
 def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     """(Split, int64 [n], the file that each image is from) of image files, of `fewest` at least."""
     decode = partial(_decode, folder, paths, crop)
-    of_these = partial(_can_be_decoded_from, paths)
+    of_these = partial(_can_be_decoded_from, folder, paths)
     found = decode() if crop else remembered(paths, data_dir, decode, of_these)
     skipped = ""
     if len(found["skipped"]):
@@ -256,7 +256,7 @@ def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     return _split(found["images"], labels, found["lossless"], crop), torch.from_numpy(group)
 
 
-def _can_be_decoded_from(paths, found):
+def _can_be_decoded_from(folder, paths, found):
     """Whether `found` is what `_decode` makes of these files today.
 
     Those that were skipped are tried again: there may be more memory now, or another decoder.
@@ -271,23 +271,8 @@ def _can_be_decoded_from(paths, found):
         and skipped.ndim == 1
         and (np.diff(files, prepend=0) >= 0).all()
         and (files < len(paths)).all()
-        and not any(_is_readable(paths[index]) for index in set(range(len(paths))) - {*files})
+        and not len(_decode(folder, np.delete(paths, files).tolist(), None)["files"])
     )
-
-
-def _is_readable(path):
-    try:
-        return bool(_read_large_enough(path, SIZE))
-    except Exception:  # as in _decode
-        return False
-
-
-def _read_large_enough(path, least):
-    """What `read_rgb` gives for an image whose sides have so many pixels, or an exception."""
-    image, kept_all = read_rgb(path)
-    if min(image.shape[:2]) < least:
-        raise ValueError(f"{image.shape[1]}×{image.shape[0]} pixels, less than {least}")
-    return image, kept_all
 
 
 def _decode(folder, paths, crop):
@@ -299,7 +284,9 @@ def _decode(folder, paths, crop):
         tqdm(paths, f"reading {folder.name}", unit="file", leave=False, disable=None)
     ):
         try:
-            image, kept_all = _read_large_enough(path, least)
+            image, kept_all = read_rgb(path)
+            if min(image.shape[:2]) < least:
+                raise ValueError(f"{image.shape[1]}×{image.shape[0]} pixels, less than {least}")
         except Exception as error:
             skipped.append(f"{path} ({reason(error)})")
             continue

@@ -251,8 +251,10 @@ def test_a_task_is_not_another(restorer, trained, call):
         write_checkpoint(other | {"recipe": other["recipe"] | {"scale": 3}}, "of_3.pt")
         process = call(visualize_proper_results, "--checkpoint", path, "--beside", "of_3.pt")
         assert_refused(process, "--beside of_3.pt", "×3", TASKS[task])
-    process = call(compare_baselines, "--checkpoint", path, "--unclipped")
-    assert_refused(process, "--unclipped is for noise")
+    for option in ("--unclipped", "--no-unclipped"):
+        process = call(compare_baselines, "--checkpoint", path, option)
+        assert_refused(process, "--unclipped is for noise")
+    assert_refused(call(compare_baselines, "--checkpoint", path, "--bm3d"), "--bm3d is for noise")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["recipe"]["crop"] = 32
     torch.save(checkpoint, "whole.pt")
