@@ -240,7 +240,7 @@ def main():
         "Compares a trained model with the classical methods for its task on the same test images. "
         "A folder without test/ counts as one of test images.",
         "python compare_baselines.py --dataset photos --checkpoint photos.pt",
-        *("checkpoint", "dataset", "data-dir", "unclipped", "device", "threads"),
+        *("checkpoint", "dataset", "data-dir", "unclipped", "jpeg-share", "device", "threads"),
     )
     group = parser.add_argument_group("comparison")
     group.add_argument(
@@ -279,9 +279,9 @@ def main():
     if levels and not of_noise:
         what = f"{args.checkpoint} was trained for {test_set.degradation}"
         raise UserError(f"--noise-level: {what}; drop the option")
-    for name in ("tile", "unclipped", "bm3d"):
+    for name in ("tile", "unclipped", "jpeg_share", "bm3d"):
         if getattr(args, name) is not None and not of_noise:
-            raise UserError(f"--{name} is for noise; drop the option")
+            raise UserError(f"--{name.replace('_', '-')} is for noise; drop the option")
     bm3d = make_bm3d() if args.bm3d else None
     for dataset in map(test_set.at, levels) if levels else [test_set]:
         kind = ", unclipped" if of_noise and dataset.degradation.unclipped else ""

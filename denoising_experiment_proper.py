@@ -99,6 +99,7 @@ class Recipe:
     noise_level: tuple = (0.2, 0.2)  # (low, high) of σ; equal for one σ
     noise_map: str = "uniform"  # or how σ differs over an image, see degradations.sigma_map
     unclipped: bool = False  # noisy images are left outside [0, 1], as the field's benchmarks do
+    jpeg_share: float = 0.0  # part of the noisy images that have been JPEG files
     # Part of the training samples that are drawn from losslessly stored images, which alone then
     # serve for validation; None treats all images alike.
     lossless_share: float | None = None

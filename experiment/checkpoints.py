@@ -25,6 +25,11 @@ def real(value):
     return type(value) in (int, float) and 0 <= value < 1e300
 
 
+def share(value):
+    """A check: a number in 0 … 1."""
+    return real(value) and value <= 1
+
+
 def taken_by(task, one):
     """A check: a number or several, each of a check, that the task's degradation takes."""
 
@@ -60,12 +65,13 @@ def loads(value):
 
 RECIPE = {"dataset": str, "seed": whole(0), "epochs": whole(1)}
 RECIPE |= {"noise_level": taken_by("denoise", real)}
-RECIPE |= {"lossless_share": lambda v: v is None or (real(v) and v <= 1), "val_images": whole(1)}
+RECIPE |= {"lossless_share": lambda v: v is None or share(v), "val_images": whole(1)}
 CHECKPOINT = {"model": weights, "config": dict, "recipe": RECIPE, "epoch": whole(1)}
 CHECKPOINT |= {"val_mse": real}
 TEST = dict.fromkeys(("mse", "psnr_std", "ssim_mean", "ssim_std"), real)
 TEST |= {"noisy_psnr_mean": float, "psnr_mean": float, "images": whole(1), "utilisation": loads}
 LATER = {"crop": lambda v: v is None or whole(1)(v), "unclipped": bool}  # not in old recipes
+LATER |= {"jpeg_share": share}
 LATER |= {"noise_map": lambda v: isinstance(v, str) and v in DRAWS}
 LATER |= {"task": lambda v: isinstance(v, str) and v in KINDS}
 LATER |= {

@@ -178,6 +178,12 @@ OPTIONS = {
             action=argparse.BooleanOptionalAction,
             help="do not clamp the noisy images to [0, 1]",
         ),
+        "jpeg-share": dict(
+            type=number(float, 0, most=1),
+            metavar="SHARE",
+            help="part of the noisy images that have been JPEG files, with colours at half "
+            "resolution",
+        ),
         "lossless-share": dict(
             type=number(float, 0, most=1),
             metavar="SHARE",

@@ -21,6 +21,7 @@ from experiment.user_errors import UserError
 
 SCALES = (2, 3, 4)
 BEST_QUALITY = 95  # of JPEG; above it Pillow's files grow and hardly gain
+QUALITY_OF_PHOTOGRAPHS = (75, BEST_QUALITY)  # (least, most) that cameras and editors write
 # How σ differs over an image, see `sigma_map`, and the random numbers that this takes.
 DRAWS = {"uniform": 1, "regions": 4, "ramp": 1, "signal": 1}
 
@@ -35,16 +36,19 @@ class Degradation:
 
 @dataclass(frozen=True)
 class GaussianNoise(Degradation):
-    """degraded = clamp(clean + σ·N(0, 1), 0, 1).
+    """degraded = clamp(clean + σ·N(0, 1), 0, 1), a share of which are then JPEG files.
 
     Raises:
         ValueError: noise_level is negative, or a pair that does not ascend from above 0 and is not
-            twice the same; or an unknown noise_map.
+            twice the same; an unknown noise_map; or a jpeg_share out of 0 … 1.
     """
 
     noise_level: tuple | float = (0.2, 0.2)  # (low, high) of σ, or one, of values in [0, 1]
     noise_map: str = "uniform"  # of DRAWS: how σ differs over an image
     unclipped: bool = False  # not clamped to [0, 1], as the field's benchmarks on photographs
+    # Part of the noisy images, by chance, that have been JPEG files. They have colours at half
+    # resolution, so that their noise is not independent from pixel to pixel any more.
+    jpeg_share: float = 0.0
 
     task = "denoise"
 
@@ -57,6 +61,8 @@ class GaussianNoise(Degradation):
                 "noise_level must be a σ of at least 0 or a range that ascends from above 0, "
                 f"got {self.noise_range}"
             )
+        if not 0 <= self.jpeg_share <= 1:
+            raise ValueError(f"jpeg_share must be in 0 … 1, got {self.jpeg_share}")
 
     @property
     def noise_range(self):
@@ -65,18 +71,25 @@ class GaussianNoise(Degradation):
 
     @property
     def numbers(self):
-        return DRAWS[self.noise_map]
+        return DRAWS[self.noise_map] + (2 if self.jpeg_share else 0)
 
     def __str__(self):
-        """As "σ = 0.2", "σ = 25/255", "σ = 0.05 to 0.4 (regions)"."""
+        """As "σ = 0.2", "σ = 25/255", "σ = 0.05 to 0.4 (regions)", "σ = 0.2 (50 % JPEG)"."""
         low, high = self.noise_range
-        of_map = f" ({self.noise_map})" if self.noise_map != "uniform" else ""
-        return f"σ = {in_short(low)}" + (f" to {in_short(high)}{of_map}" if high > low else "")
+        notes = [self.noise_map] if self.noise_map != "uniform" and high > low else []
+        notes += [f"{100 * self.jpeg_share:g} % JPEG"] if self.jpeg_share else []
+        level = in_short(low) + (f" to {in_short(high)}" if high > low else "")
+        return f"σ = {level}" + (f" ({', '.join(notes)})" if notes else "")
 
     def __call__(self, clean, noise, numbers):
         sigma = sigma_map(self.noise_map, clean, self.noise_range, numbers).float()
         noisy = noise * sigma + clean
-        return (noisy if self.unclipped else noisy.clamp(0, 1)), sigma
+        noisy = noisy if self.unclipped else noisy.clamp(0, 1)
+        if self.jpeg_share:
+            chance, number = numbers[:, -2:].unbind(1)
+            files = chance < self.jpeg_share
+            noisy[files] = through_jpeg(noisy[files], QUALITY_OF_PHOTOGRAPHS, number[files])
+        return noisy, sigma
 
 
 @dataclass(frozen=True)
@@ -166,13 +179,25 @@ class Compression(Degradation):
         return "JPEG of quality {} to {}".format(*self.quality)
 
     def __call__(self, clean, noise, numbers):
-        low, high = self.quality
-        images = (255 * clean).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for image, number in zip(images, numbers.flatten().tolist(), strict=True):
-            file = io.BytesIO()
-            Image.fromarray(image).save(file, "JPEG", quality=low + int(number * (high - low + 1)))
-            image[:] = Image.open(file)
-        return torch.from_numpy(images).to(clean).permute(0, 3, 1, 2) / 255, clean.new_zeros(1)
+        return through_jpeg(clean, self.quality, numbers.flatten()), clean.new_zeros(1)
+
+
+def through_jpeg(images, quality, numbers):
+    """What is left of images after Pillow has written them as JPEG, which halves the resolution of
+    their colours.
+
+    Args:
+        images: [n, 3, h, w]; they are clamped to [0, 1] and rounded to 8 bits first.
+        quality: (least, most) of the files.
+        numbers: [n] in [0, 1), which decide over the quality of each.
+    """
+    low, high = quality
+    pixels = (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for image, number in zip(pixels, numbers.tolist(), strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=low + int(number * (high - low + 1)))
+        image[:] = Image.open(file)
+    return torch.from_numpy(pixels).to(images).permute(0, 3, 1, 2) / 255
 
 
 def pull_push(image, known):
@@ -299,13 +324,13 @@ def sigma_map(kind, clean, noise_range, uniform):
             Poissonian-Gaussian noise modeling", Foi et al. 2008).
         clean: [n, 3, h, w] in [0, 1].
         noise_range: (low, high).
-        uniform: numbers in [0, 1), [n, DRAWS[kind]].
+        uniform: numbers in [0, 1), [n, DRAWS[kind]]; further ones do not count.
 
     Returns:
         [n, 1, 1, 1], [n, 1, h, w] or, for "signal", [n, 3, h, w].
     """
     low, high = noise_range
-    first, *others = uniform[:, :, None, None, None].unbind(1)  # each [n, 1, 1, 1]
+    first, *others = uniform[:, : DRAWS[kind], None, None, None].unbind(1)  # each [n, 1, 1, 1]
     if kind == "uniform":
         return draw_sigma(first, noise_range)
     if kind == "signal":

@@ -15,7 +15,8 @@ def load_for_evaluation(args, build_model, same_images=False):
 
     Args:
         args: checkpoint, dataset (None: the model's), data_dir, noise_level (None: the model's),
-            device and threads of the command line, and unclipped where it has that.
+            device and threads of the command line, and unclipped and jpeg_share where it has
+            those.
         build_model: function(checkpoint, path) -> the denoiser, as in small_vit.py.
         same_images: refuse another data set than the one of the training, and keep a range of σ
             from which images draw theirs; otherwise its middle is taken.
@@ -57,8 +58,9 @@ def load_for_evaluation(args, build_model, same_images=False):
         changes = {"noise_level": args.noise_level, "noise_map": "uniform"}
     elif not same_images and getattr(degradation, "noise_map", None) == "uniform":
         changes = {"noise_level": sum(degradation.noise_range) / 2}
-    if getattr(args, "unclipped", None) is not None:
-        changes["unclipped"] = args.unclipped
+    for name in ("unclipped", "jpeg_share"):
+        if getattr(args, name, None) is not None:
+            changes[name] = getattr(args, name)
     splits = noisy_splits(source, degradation_in(recipe | changes), share)
     return checkpoint, model, source, splits
 

@@ -68,6 +68,8 @@ def test_bad_checkpoints_are_refused(trained, call, script, make, words):
         ({"recipe.quality": [40, 10]}, "recipe.quality cannot be [40, 10]"),
         ({"recipe.quality": [10, 96]}, "recipe.quality cannot be [10, 96]"),
         ({"recipe.quality": [10.5, 40]}, "recipe.quality cannot be [10.5, 40]"),
+        ({"recipe.jpeg_share": 1.5}, "recipe.jpeg_share cannot be 1.5"),
+        ({"recipe.jpeg_share": True}, "recipe.jpeg_share cannot be True"),
         ({"recipe.noise_map": "ramp"}, "recipe.noise_map cannot be 'ramp' with one σ"),
         ({"recipe.noise_map": "stripes"}, "noise_map cannot be 'stripes'"),
         ({"recipe.noise_map": ["regions"]}, "noise_map cannot be ['regions']"),

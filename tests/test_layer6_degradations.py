@@ -1,5 +1,6 @@
 """Layer 6, tasks: what is done to images is its definition, repeats, and every script knows it."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
@@ -104,6 +105,34 @@ def test_compression_is_that_of_files_of_the_qualities(photos, tmp_path):
         found += best[:1]
     counts = [found.count(quality) for quality in range(18, 25)]
     assert min(counts[2:5]) > 20 and sum(counts[2:5]) == 100
+
+
+def test_noise_in_jpeg_files_is_that_of_pillow(photos):
+    """Of the share, by chance; the others are as without, and all of the same noise."""
+    plain = NoisyImageDataset(photos.test[:100], (0.05, 0.3))
+    half, all_of_them = (
+        NoisyImageDataset(photos.test[:100], None, 0, "cpu", replace(plain.degradation, **share))
+        for share in ({"jpeg_share": 0.5}, {"jpeg_share": 1, "unclipped": True})
+    )
+    found = []
+    for index in range(100):
+        noisy, clean, _ = plain[index]
+        assert torch.equal(half[index][1], clean) and torch.equal(
+            plain.sigma(index), half.sigma(index)
+        )
+        pixels = (255 * noisy).round().byte().permute(1, 2, 0).numpy()
+        files = [through_pillow(pixels, quality) for quality in range(75, 96)]
+        assert any(torch.equal(all_of_them[index][0], file) for file in files)
+        found.append(any(torch.equal(half[index][0], file) for file in files))
+        assert found[-1] or torch.equal(half[index][0], noisy)
+    assert 35 < sum(found) < 65
+    assert str(half.degradation) == "σ = 0.05 to 0.3 (50 % JPEG)"
+
+
+def through_pillow(pixels, quality):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    return torch.from_numpy(np.asarray(Image.open(file)).transpose(2, 0, 1).copy()).float() / 255
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -251,9 +280,9 @@ def test_a_task_is_not_another(restorer, trained, call):
         write_checkpoint(other | {"recipe": other["recipe"] | {"scale": 3}}, "of_3.pt")
         process = call(visualize_proper_results, "--checkpoint", path, "--beside", "of_3.pt")
         assert_refused(process, "--beside of_3.pt", "×3", TASKS[task])
-    for option in ("--unclipped", "--no-unclipped"):
-        process = call(compare_baselines, "--checkpoint", path, option)
-        assert_refused(process, "--unclipped is for noise")
+    for option in (["--unclipped"], ["--no-unclipped"], ["--jpeg-share", 1]):
+        process = call(compare_baselines, "--checkpoint", path, *option)
+        assert_refused(process, f"{option[0].replace('no-', '')} is for noise")
     assert_refused(call(compare_baselines, "--checkpoint", path, "--bm3d"), "--bm3d is for noise")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["recipe"]["crop"] = 32
@@ -273,6 +302,8 @@ def test_a_task_is_not_another(restorer, trained, call):
         (("--task", "inpaint", "--holes", 0.4, 0.1), "ascend"),
         (("--task", "inpaint", "--noise-level", 0.1), "--noise-level is of --task denoise"),
         (("--task", "inpaint", "--unclipped"), "--unclipped is of --task denoise"),
+        (("--task", "jpeg", "--jpeg-share", 0.5), "--jpeg-share is of --task denoise"),
+        (("--jpeg-share", 1.5), "--jpeg-share"),
         (("--scale", 2), "--scale is of --task super-resolution"),
         (("--holes", 0.1, 0.2), "--holes is of --task inpaint"),
         (("--quality", 10, 40), "--quality is of --task jpeg"),
