@@ -61,7 +61,7 @@ from experiment.muon import make_optimizer
 from experiment.noisy_images import NoisyImageDataset, noisy_splits
 from experiment.run_files import RunFiles, locked, write_figure
 from experiment.user_errors import UserError, run_main
-from small_vit import MODELS, SmallViT, build_model, count_parameters, load_model
+from small_vit import MODELS, SmallViT, build_model, count_parameters, load_model, load_weights
 
 # What the original kept in this script stays importable from it.
 __all__ = ["NoisyImageDataset", "SmallViT", "evaluate", "load_model", "train", "training_step"]
@@ -82,6 +82,7 @@ class Recipe:
     holes: tuple = (0.1, 0.4)  # (low, high) of the share of pixels that inpainting restores
     quality: tuple = (10, 40)  # (least, most) of the JPEG files whose artefacts are removed
     model: str = "published"  # of MODELS
+    init: str | None = None  # checkpoint whose weights training starts from; None: random ones
     batch_size: int = 64  # images per step, of all processes together
     steps: int | None = None  # of the training; the epochs are then as many as they take
     epochs: int = 30
@@ -306,7 +307,7 @@ def parse_args():
         "_history.csv, _curve.png and, until the run is complete, _resume.pt.",
         "python denoising_experiment_proper.py --dataset photos --recipe refined --epochs 6",
         *("dataset", "data-dir", "noise-level", "noise-map", "seed"),
-        *("task", "scale", "holes", "quality", "device", "threads", "dtype", "compile"),
+        *("init", "task", "scale", "holes", "quality", "device", "threads", "dtype", "compile"),
         recipe=RECIPES,
         model=MODELS,
     )
@@ -346,7 +347,10 @@ def run_experiment(args, recipe, files, device):
     # Model
     torch.manual_seed(recipe.seed)
     config = replace(MODELS[recipe.model], in_channels=train_set.degradation.channels)
-    model = SmallViT(config).to(device)
+    model = SmallViT(config)
+    if recipe.init and not args.resume:
+        load_weights(model, recipe.init)
+    model = model.to(device)
     print(
         f"{source.name}: {len(train_set):,} training, {len(val_set):,} validation, "
         f"{len(test_set):,} test images; {count_parameters(model):,} parameters on {device}"

@@ -1,6 +1,6 @@
 """The denoiser: a small vision transformer around the attention layer, and its checkpoints."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -303,6 +303,22 @@ def build_model(checkpoint, path):
             "use a checkpoint that denoising_experiment_proper.py wrote"
         ) from None
     return model.eval()
+
+
+def load_weights(model, path):
+    """Gives a SmallViT the weights of a checkpoint, to train on from them.
+
+    Raises:
+        UserError: as load_model does; or the checkpoint is of another configuration.
+    """
+    trained = load_model(path)
+    for name, value in asdict(model.config).items():
+        if (other := getattr(trained.config, name)) != value:
+            raise UserError(
+                f"{path}: its {name} is {other}, that of the model to train {value}; name a "
+                "checkpoint of the same --model, or the --model of the checkpoint"
+            )
+    model.load_state_dict(trained.state_dict())
 
 
 def load_model(path):

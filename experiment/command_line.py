@@ -140,6 +140,11 @@ OPTIONS = {
             "photographs: whole photographs with noise of any level up to 0.3",
         ),
         "model": dict(help="architecture"),
+        "init": dict(
+            metavar="FILE",
+            help="checkpoint of the same architecture whose weights training starts from "
+            "(default: random ones)",
+        ),
         "epochs": dict(type=number(int, 1), help="passes over the training images"),
         "steps": dict(
             type=number(int, 1),
@@ -237,7 +242,7 @@ def make_parser(description, example, *options, **choices):
         example: a command line that shows it.
         options: names out of OPTIONS.
         choices: further names, with the values to choose among. "recipe" brings all options of its
-            group with it but "model".
+            group with it but "model" and "init".
     """
     parser = _Parser(
         description=description,
@@ -246,7 +251,7 @@ def make_parser(description, example, *options, **choices):
     )
     named = {*options, *choices}
     if "recipe" in choices:
-        named |= OPTIONS["recipe"].keys() - {"model"}
+        named |= OPTIONS["recipe"].keys() - {"model", "init"}
     changes = OF_A_RECIPE if "recipe" in choices else OF_A_MODEL if "checkpoint" in named else {}
     for title, group in OPTIONS.items():
         if named.isdisjoint(group):

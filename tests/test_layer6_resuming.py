@@ -233,3 +233,33 @@ def test_an_interrupted_run_says_how_to_go_on(call, folder, monkeypatch):
     assert process.returncode == 0, process.stderr
     assert "epoch   1 " not in process.stdout and "epoch   2 " in process.stdout
     assert not Path("m_resume.pt").exists()
+
+
+# Starting from the weights of another run ----------------------------------------------------
+
+
+def test_training_starts_from_the_weights_of_a_checkpoint(call, folder, monkeypatch):
+    """Steps too small to move them leave them; the file is not needed to go on."""
+    assert train_on(call, folder, "first.pt").returncode == 0
+    options = ("--init", "first.pt", "--lr", 1e-12, "--seed", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "epoch_line", raise_killed)
+        with pytest.raises(Killed):
+            train_on(call, folder, "second.pt", *options)
+    Path("first.pt").rename("elsewhere.pt")
+    process = train_on(call, folder, "second.pt", *options, "--resume")
+    assert process.returncode == 0, process.stderr
+    one, other = weights("elsewhere.pt"), weights("second.pt")
+    assert all(torch.allclose(one[name], other[name], atol=1e-8) for name in one)
+    assert torch.load("second.pt", weights_only=True)["recipe"]["init"] == "first.pt"
+
+
+def test_weights_of_another_architecture_are_refused(call, folder):
+    assert train_on(call, folder, "first.pt").returncode == 0
+    for options, words in (
+        (("--init", "first.pt", "--model", "quick"), "first.pt: its d_model is 128"),
+        (("--init", "first.pt", "--task", "inpaint"), "first.pt: its in_channels is 3"),
+        (("--init", "second.pt"), "second.pt: no such checkpoint"),
+    ):
+        assert_refused(train_on(call, folder, "second.pt", *options), words)
+    assert not Path("second.pt").exists()
