@@ -284,8 +284,7 @@ def main():
             raise UserError(f"--{name.replace('_', '-')} is for noise; drop the option")
     bm3d = make_bm3d() if args.bm3d else None
     for dataset in map(test_set.at, levels) if levels else [test_set]:
-        kind = ", unclipped" if of_noise and dataset.degradation.unclipped else ""
-        print(f"\n{source.name}, {len(test_set):,} test images, {dataset.degradation}{kind}")
+        print(f"\n{source.name}, {len(test_set):,} test images, {dataset.degradation}")
         if of_noise:
             figures = compare(model, dataset, not args.model_only, bm3d)
         else:

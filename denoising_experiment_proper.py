@@ -336,6 +336,14 @@ def main():
 
 def run_experiment(args, recipe, files, device):
     """Trains and tests as the command line asks; returns the exit code."""
+    # Model
+    torch.manual_seed(recipe.seed)
+    in_channels = degradation_in(asdict(recipe)).channels
+    model = SmallViT(replace(MODELS[recipe.model], in_channels=in_channels))
+    if recipe.init is not None and not args.resume:
+        load_weights(model, recipe.init)
+    model = model.to(device)
+
     # Images: three splits, each with noise of its own
     wait_if(rank() > 0)  # the first process downloads
     source = load_images(args.dataset, args.data_dir, recipe.seed, recipe.crop)
@@ -344,13 +352,6 @@ def run_experiment(args, recipe, files, device):
     check_shares(recipe.batch_size, train_set.epoch_size)
     recipe = recipe.of_steps(train_set)
 
-    # Model
-    torch.manual_seed(recipe.seed)
-    config = replace(MODELS[recipe.model], in_channels=train_set.degradation.channels)
-    model = SmallViT(config)
-    if recipe.init and not args.resume:
-        load_weights(model, recipe.init)
-    model = model.to(device)
     print(
         f"{source.name}: {len(train_set):,} training, {len(val_set):,} validation, "
         f"{len(test_set):,} test images; {count_parameters(model):,} parameters on {device}"

@@ -316,7 +316,7 @@ def load_weights(model, path):
         if (other := getattr(trained.config, name)) != value:
             raise UserError(
                 f"{path}: its {name} is {other}, that of the model to train {value}; name a "
-                "checkpoint of the same --model, or the --model of the checkpoint"
+                "checkpoint of the same --model and --task"
             )
     model.load_state_dict(trained.state_dict())
 

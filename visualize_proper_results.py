@@ -299,7 +299,8 @@ def main():
         print(f"\n{100 * model.capacity:g} % of the tokens attend")
         print(f"{decision_table(model, test_set)}\n\n{capacity_table(model, test_set)}")
     if test_set.degradation.task == "denoise":
-        print("\n| σ | noisy (dB) | denoised (dB) |\n|---|---|---|")
+        print(f"\n{test_set.degradation}, at other σ:\n\n| σ | noisy (dB) | denoised (dB) |")
+        print("|---|---|---|")
         for level, before, after in psnr_against_noise(model, test_set):
             print(f"| {level:.2f} | {before:.2f} | {after:.2f} |")
     print(f"\nwrote {output} and {table}")

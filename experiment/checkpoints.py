@@ -91,7 +91,7 @@ def listed(values):
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-EARLIER = listed(DEFAULTS)  # what recipes that lack it mean
+EARLIER = listed(DEFAULTS) | {"init": None}  # what recipes that lack it mean
 
 
 def plain(value):
@@ -265,7 +265,7 @@ def read_run(files, recipe, model):
             raise UserError(f"{files.resume}: history, epoch {epoch} has other columns; {ADVICE}")
     least = min((row["val_mse"] for row in history), default=None)
     found = [row["epoch"] for row in history if row["val_mse"] == least]
-    if best["epoch"] not in found or best["recipe"] != state["recipe"]:
+    if best["epoch"] not in found or EARLIER | best["recipe"] != EARLIER | state["recipe"]:
         raise UserError(f"{files.resume} holds the best model of another run; {ADVICE}")
     for part in (state, best):
         check_shapes(part["model"], model.state_dict(), files.resume)
@@ -281,7 +281,7 @@ def left_by_run(files, state):
         history = os.path.exists(files.history) and files.history.read_text(encoding="utf-8")
     except (UserError, OSError, ValueError):
         return False
-    same_run = not checkpoint or checkpoint["recipe"] == state["recipe"]
+    same_run = not checkpoint or EARLIER | checkpoint["recipe"] == EARLIER | state["recipe"]
     return same_run and csv_text(state["history"]).startswith(history or "")
 
 

@@ -46,8 +46,8 @@ class GaussianNoise(Degradation):
     noise_level: tuple | float = (0.2, 0.2)  # (low, high) of σ, or one, of values in [0, 1]
     noise_map: str = "uniform"  # of DRAWS: how σ differs over an image
     unclipped: bool = False  # not clamped to [0, 1], as the field's benchmarks on photographs
-    # Part of the noisy images, by chance, that have been JPEG files. They have colours at half
-    # resolution, so that their noise is not independent from pixel to pixel any more.
+    # Part of the noisy images, by chance, that have been JPEG files, which clamp as well. They have
+    # colours at half resolution: noise is not independent from pixel to pixel any more.
     jpeg_share: float = 0.0
 
     task = "denoise"
@@ -78,6 +78,7 @@ class GaussianNoise(Degradation):
         low, high = self.noise_range
         notes = [self.noise_map] if self.noise_map != "uniform" and high > low else []
         notes += [f"{100 * self.jpeg_share:g} % JPEG"] if self.jpeg_share else []
+        notes += ["unclipped"] if self.unclipped and self.jpeg_share < 1 else []
         level = in_short(low) + (f" to {in_short(high)}" if high > low else "")
         return f"σ = {level}" + (f" ({', '.join(notes)})" if notes else "")
 

@@ -316,7 +316,11 @@ def test_recipes_from_before_the_maps_mean_one_sigma_for_an_image(of_regions, ca
     assert "trained on photos with σ = 0.05 to 0.4\n" in process.stdout
     assert "\nphotos, 13 test images, σ = 0.225\n" in process.stdout  # their middle
     process = call(compare_baselines, "--checkpoint", "old.pt", "--model-only", "--unclipped")
-    assert "\nphotos, 13 test images, σ = 0.225, unclipped\n" in process.stdout
+    assert "\nphotos, 13 test images, σ = 0.225 (unclipped)\n" in process.stdout
+    files = call(compare_baselines, "--checkpoint", "old.pt", "--model-only", "--jpeg-share", 1)
+    assert "\nphotos, 13 test images, σ = 0.225 (100 % JPEG)\n" in files.stdout
+    one, other = (re.search(r"noisy input.*", p.stdout).group() for p in (process, files))
+    assert one != other
 
 
 # Baselines -----------------------------------------------------------------------------------

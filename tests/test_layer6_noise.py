@@ -201,7 +201,7 @@ def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
     one = dataset.at(0.1)
     assert torch.allclose(one.sigma(5), torch.tensor(0.1))
     assert torch.allclose(one[5][0], uniform[5][0], atol=1e-6)
-    assert str(one.degradation) == "σ = 0.1"
+    assert str(one.degradation) == "σ = 0.1 (unclipped)"
 
 
 @pytest.mark.parametrize(

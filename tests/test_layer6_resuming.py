@@ -144,6 +144,19 @@ def test_what_an_earlier_recipe_lacks_are_the_defaults():
         check_same_recipe({}, recipe | {"unclipped": True}, "", "")
 
 
+def test_states_of_recipes_with_fewer_entries_are_not_refused(few, interrupted):
+    """A run of an earlier version that went on, and whose best epoch is the earlier one's."""
+
+    def change(state):
+        state["best"]["recipe"] = {
+            name: value
+            for name, value in state["recipe"].items()
+            if name not in ("init", "jpeg_share", "noise_map")
+        }
+
+    read_run(interrupted(change), {"epochs": 3}, SmallViT())
+
+
 def test_good_states_are_not_refused(few, interrupted):
     """Two epochs alike, and a balance that rounding takes below zero."""
 
@@ -260,6 +273,7 @@ def test_weights_of_another_architecture_are_refused(call, folder):
         (("--init", "first.pt", "--model", "quick"), "first.pt: its d_model is 128"),
         (("--init", "first.pt", "--task", "inpaint"), "first.pt: its in_channels is 3"),
         (("--init", "second.pt"), "second.pt: no such checkpoint"),
+        (("--init", ""), ": no such checkpoint"),
     ):
         assert_refused(train_on(call, folder, "second.pt", *options), words)
     assert not Path("second.pt").exists()
