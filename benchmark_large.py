@@ -9,7 +9,7 @@ import skimage.data
 import torch
 from torchvision.utils import make_grid
 
-from experiment.command_line import PHOTOGRAPH_CHECKPOINT, autocast
+from experiment.command_line import SHIPPED, autocast
 from experiment.cuda_graphs import ReplayedModel
 from experiment.evaluation import psnr
 from experiment.tiling import TILE, denoise
@@ -128,7 +128,7 @@ def photograph_runs(name, tile, device, dtype):
 
 def measure_tiles(effort, device, dtype):
     """Decibels against seconds of tiles and their overlap, by the shipped model."""
-    model = load_model(PHOTOGRAPH_CHECKPOINT).to(device)
+    model = load_model(SHIPPED / "photographs.pt").to(device)
     photographs = [noisy_photograph(name) for name in ("astronaut", "coffee", "rocket")]
     print_head("tile", "overlap", "PSNR (dB)", "seconds")
     rows = []

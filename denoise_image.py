@@ -3,9 +3,9 @@
     python denoise_image.py photo.jpg                 # writes photo_denoised.png beside it
     python denoise_image.py holiday/ --output clean/  # all images of a folder
 
-It removes noise that is independent from pixel to pixel, of any strength up to σ = 0.3. What
-JPEG leaves of noise is not, where colours are stored at half resolution. In Python:
-`denoise(load_model("models/photographs.pt"), array)`.
+It removes noise of any strength up to σ = 0.3 that was independent from pixel to pixel before the
+file was written, also as JPEG of quality 75 or more. In Python:
+`denoise(load_model("models/files.pt"), array)`.
 """
 
 import glob
@@ -22,12 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from experiment.checkpoints import read_checkpoint
-from experiment.command_line import (
-    PHOTOGRAPH_CHECKPOINT,
-    make_parser,
-    number,
-    select_device,
-)
+from experiment.command_line import SHIPPED, make_parser, number, select_device
 from experiment.cuda_graphs import ReplayedModel
 from experiment.degradations import degradation_in
 from experiment.photo_files import FORMATS, WRITTEN, check_format, read_photo, write_photo
@@ -143,7 +138,7 @@ def denoise_file(path, output, model, args):
     noise = f"noise {before:.4f} → {after:.4f}"
     line = f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"
     if before > NOTICEABLE and after > before / 2 and args.strength == 1:
-        line += "  (most of it stays: it is not independent from pixel to pixel)"
+        line += "  (most of it stays: the model does not know noise of this kind)"
     tqdm.write(printable(line))
 
 
@@ -173,7 +168,7 @@ def parse_args():
         "python denoise_image.py holiday/*.jpg --output clean/",
         *("checkpoint", "device", "threads", "dtype"),
     )
-    parser.set_defaults(checkpoint=str(PHOTOGRAPH_CHECKPOINT))
+    parser.set_defaults(checkpoint=str(SHIPPED / "files.pt"))
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or wildcards")
     group = parser.add_argument_group("output")
     group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")

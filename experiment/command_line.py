@@ -14,7 +14,7 @@ from experiment.losses import LOSSES
 from experiment.user_errors import UserError
 
 PUBLISHED_CHECKPOINT = "best_denoising_model_proper.pt"
-PHOTOGRAPH_CHECKPOINT = Path(__file__).parent.parent / "models" / "photographs.pt"
+SHIPPED = Path(__file__).parent.parent / "models"  # folder of trained models
 LEAST_NOISE = 1e-6  # σ below which float32 images hardly change
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -186,8 +186,8 @@ OPTIONS = {
         "jpeg-share": dict(
             type=number(float, 0, most=1),
             metavar="SHARE",
-            help="part of the noisy images that have been JPEG files, with colours at half "
-            "resolution",
+            help="part of the noisy images, by chance, that have been JPEG files of quality 75 to "
+            "95 with colours at half resolution",
         ),
         "lossless-share": dict(
             type=number(float, 0, most=1),

@@ -16,6 +16,7 @@ import denoise_image
 import denoising_experiment_proper as experiment
 from conftest import SHORT, assert_refused, interrupted_in_epoch
 from experiment.checkpoints import write_checkpoint
+from experiment.command_line import SHIPPED
 from experiment.run_files import RunFiles, locked, replace_when_complete
 from experiment.user_errors import UserError
 from small_vit import load_model
@@ -194,15 +195,43 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "stays"), [("a.png", False), ("a.jpg", True)])
-def test_noise_that_stays_is_told_of(call, name, stays):
+# Shipped models ------------------------------------------------------------------------------
+
+of_photographs = pytest.mark.parametrize("name", ["files", "photographs"])
+
+
+@of_photographs
+def test_shipped_models_leave_alone_what_is_clean(name):
+    model, clean = load_model(SHIPPED / f"{name}.pt"), skimage.data.coffee()[100:260, 100:260]
+    error = ((denoise_image.denoise(model, clean) / 255 - clean / 255) ** 2).mean()
+    assert 10 * np.log10(1 / error) > 40
+
+
+@of_photographs
+def test_grey_photographs_are_denoised_too(name):
+    clean = skimage.data.coffee()[100:260, 100:260].mean(2)
+    noisy = clean + 25 * np.random.default_rng(0).standard_normal(clean.shape)
+    noisy = np.clip(noisy, 0, 255).round().astype(np.uint8)
+    restored = denoise_image.denoise(load_model(SHIPPED / f"{name}.pt"), noisy)
+    before, after = (((image - clean) ** 2).mean() for image in (noisy, restored))
+    assert 10 * np.log10(before / after) > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("a.png", "files"), ("a.jpg", "files"), ("a.jpg", "photographs")]
+)
+def test_noise_in_files_is_removed_or_told_of(call, name, model):
     """JPEG stores colours at half resolution, which joins the noise of four pixels."""
     photo = skimage.data.chelsea()[:128, 100:228]
     noisy = photo + 25 * np.random.default_rng(0).standard_normal(photo.shape)
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(name, quality=97)
-    process = call(denoise_image, name)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(name, quality=95)
+    process = call(denoise_image, name, "--checkpoint", SHIPPED / f"{model}.pt")
     assert process.returncode == 0, process.stderr
-    assert ("most of it stays" in process.stdout) == stays
+    files = (Image.open(path) for path in (name, "a_denoised.png"))
+    before, after = (((np.asarray(image) - 1.0 * photo) ** 2).mean() for image in files)
+    knows = name == "a.png" or model == "files"
+    assert (10 * np.log10(before / after) > 6) == knows
+    assert ("most of it stays" in process.stdout) != knows
 
 
 @pytest.mark.parametrize("bad", [{"strength": -1}, {"strength": 2}, {"dtype": "float31"}])

@@ -20,7 +20,6 @@ import denoising_experiment_proper as experiment
 import visualize_proper_results
 from conftest import ROOT, assert_refused, interrupted_in_epoch, run_here
 from experiment import noisy_images, tiling
-from experiment.command_line import PHOTOGRAPH_CHECKPOINT
 from experiment.degradations import GaussianNoise
 from experiment.image_sources import load_images
 from experiment.noisy_images import noisy_splits
@@ -130,6 +129,7 @@ def test_crops_are_parts_of_the_photographs_in_all_eight_symmetries(tmp_path):
 def test_a_run_on_crops_goes_on_bit_for_bit(call, photographs, monkeypatch):
     monkeypatch.setattr(noisy_images, "CROPS_PER_PHOTOGRAPH", 2)
     options = ("--dataset", photographs / "images", "--recipe", "photographs", "--crop", 16)
+    options += ("--jpeg-share", 0.5)
     options += ("--epochs", 2, "--batch-size", 4, "--output")
     assert call(experiment, *options, "whole.pt").returncode == 0
     with interrupted_in_epoch(2):
@@ -304,21 +304,6 @@ def test_the_noise_becomes_less(clean_up, tmp_path):
     assert errors[1] < errors[0] / 2
     with Image.open("in_denoised_compare.png") as picture:
         assert picture.width > 3 * 130
-
-
-def test_the_shipped_model_leaves_alone_what_is_clean():
-    model, clean = load_model(PHOTOGRAPH_CHECKPOINT), skimage.data.coffee()[100:260, 100:260]
-    error = ((denoise(model, clean) / 255 - clean / 255) ** 2).mean()
-    assert 10 * np.log10(1 / error) > 40
-
-
-def test_grey_photographs_are_denoised_too():
-    clean = skimage.data.coffee()[100:260, 100:260].mean(2)
-    noisy = clean + 25 * np.random.default_rng(0).standard_normal(clean.shape)
-    noisy = np.clip(noisy, 0, 255).round().astype(np.uint8)
-    restored = denoise(load_model(PHOTOGRAPH_CHECKPOINT), noisy)
-    before, after = (((image - clean) ** 2).mean() for image in (noisy, restored))
-    assert 10 * np.log10(before / after) > 5
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
