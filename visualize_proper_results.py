@@ -152,7 +152,8 @@ def panel_names(dataset, paths):
     """Titles of the images in a row: as the models get them, as each restores them, the truth."""
     before, after, truth = NAMES[dataset.degradation.task]
     # The end of a path says more than its beginning, and more of it would not fit.
-    several = [f"{after}:\n{printable(path)[-18:]}" for path in paths]
+    short = [path if len(path) <= 18 else Path(path).name[-18:] for path in paths]
+    several = [f"{after}:\n{printable(path)}" for path in short]
     names = [before, *(several if len(paths) > 1 else [after]), truth]
     return names + [f"{name}, detail" for name in names] * dataset.whole
 
