@@ -4,7 +4,7 @@
     python denoise_image.py holiday/ --output clean/  # all images of a folder
 
 It removes noise of any strength up to σ = 0.3 that was independent from pixel to pixel before the
-file was written, also as JPEG of quality 75 or more. In Python:
+file was written, also as JPEG with colours at half resolution of quality 75 or more. In Python:
 `denoise(load_model("models/files.pt"), array)`.
 """
 

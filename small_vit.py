@@ -315,8 +315,8 @@ def load_weights(model, path):
     for name, value in asdict(model.config).items():
         if (other := getattr(trained.config, name)) != value:
             raise UserError(
-                f"{path}: its {name} is {other}, that of the model to train {value}; name a "
-                "checkpoint of the same --model and --task"
+                f"{path}: its {name} is {other}, that of the model to train {value}; name another "
+                "checkpoint, or the --model and --task of this one"
             )
     model.load_state_dict(trained.state_dict())
 
