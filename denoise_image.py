@@ -27,7 +27,15 @@ from experiment.cuda_graphs import ReplayedModel
 from experiment.degradations import degradation_in
 from experiment.photo_files import FORMATS, WRITTEN, check_format, read_photo, write_photo
 from experiment.run_files import place_of, write_figure
-from experiment.tiling import OVERLAP, PROBE, TILE, denoise, estimate_noise, middle
+from experiment.tiling import (
+    LEAST_PROBE,
+    OVERLAP,
+    PROBE,
+    TILE,
+    denoise,
+    estimate_noise,
+    middle,
+)
 from experiment.user_errors import UserError, printable, reason, run_main
 from small_vit import build_model
 
@@ -135,7 +143,8 @@ def denoise_file(path, output, model, args):
         write_figure(figure, comparison_of(output), dpi=100)
     height, width = pixels.shape[:2]
     before, after = estimate_noise(photo.pixels), estimate_noise(pixels)
-    noise = f"noise {before:.4f} → {after:.4f}"
+    known = min(height, width) >= LEAST_PROBE
+    noise = f"noise {before:.4f} → {after:.4f}" if known else "too small to estimate its noise"
     line = f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"
     if before > NOTICEABLE and after > before / 2 and args.strength == 1:
         line += "  (most of it stays: the model does not know noise of this kind)"

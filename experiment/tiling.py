@@ -13,6 +13,7 @@ from experiment.cuda_graphs import ReplayedModel
 
 TILE, OVERLAP = 128, 16  # pixels; best and fastest in the table of `benchmark.py --rows tiles`
 PROBE, BLOCK = 1024, 64  # sides of the largest part whose noise is estimated and of its blocks
+LEAST_PROBE = 16  # side of the smallest
 MOST_CLIPPED = 0.01  # part of a block's values
 
 
@@ -154,13 +155,13 @@ def middle(image):
 
 
 def estimate_noise(image):
-    """σ of the noise in the middle of [h, w, C], from wavelets, in [0, 1]; 0 for tiny images.
+    """σ of the noise in the middle of [h, w, C], from wavelets, in [0, 1]; 0 below LEAST_PROBE.
 
     It is the tenth percentile over blocks, since texture looks like noise. If there are others,
     blocks in which some of it is clipped or framed do not count.
     """
     part = middle(image)
-    if min(part.shape[:2]) < 16:
+    if min(part.shape[:2]) < LEAST_PROBE:
         return 0.0
     scale = 1 if part.dtype == np.float32 else np.iinfo(part.dtype).max
     part = part / np.float32(scale)
