@@ -224,7 +224,7 @@ def test_noise_in_files_is_removed_or_told_of(call, name, model):
     """JPEG stores colours at half resolution, which joins the noise of four pixels."""
     photo = skimage.data.chelsea()[:128, 100:228]
     noisy = photo + 25 * np.random.default_rng(0).standard_normal(photo.shape)
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(name, quality=95)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(name, quality=97)
     process = call(denoise_image, name, "--checkpoint", SHIPPED / f"{model}.pt")
     assert process.returncode == 0, process.stderr
     files = (Image.open(path) for path in (name, "a_denoised.png"))

@@ -311,15 +311,15 @@ def test_recipes_from_before_the_maps_mean_one_sigma_for_an_image(of_regions, ca
     checkpoint = torch.load(of_regions, weights_only=True)
     del checkpoint["recipe"]["noise_map"]
     write_checkpoint(checkpoint, "old.pt")
-    process = call(compare_baselines, "--checkpoint", "old.pt", "--model-only")
-    assert process.returncode == 0, process.stderr
-    assert "trained on photos with σ = 0.05 to 0.4\n" in process.stdout
-    assert "\nphotos, 13 test images, σ = 0.225\n" in process.stdout  # their middle
+    plain = call(compare_baselines, "--checkpoint", "old.pt", "--model-only")
+    assert plain.returncode == 0, plain.stderr
+    assert "trained on photos with σ = 0.05 to 0.4\n" in plain.stdout
+    assert "\nphotos, 13 test images, σ = 0.225\n" in plain.stdout  # their middle
     process = call(compare_baselines, "--checkpoint", "old.pt", "--model-only", "--unclipped")
     assert "\nphotos, 13 test images, σ = 0.225 (unclipped)\n" in process.stdout
     files = call(compare_baselines, "--checkpoint", "old.pt", "--model-only", "--jpeg-share", 1)
     assert "\nphotos, 13 test images, σ = 0.225 (100 % JPEG)\n" in files.stdout
-    one, other = (re.search(r"noisy input.*", p.stdout).group() for p in (process, files))
+    one, other = (re.search(r"noisy input.*", p.stdout).group() for p in (plain, files))
     assert one != other
 
 

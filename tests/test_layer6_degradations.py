@@ -91,16 +91,12 @@ def test_holes_are_of_one_piece_and_of_many():
     assert len({tuple(u.flatten().tolist()) for u in unknown}) == 20
 
 
-def test_compression_is_that_of_files_of_the_qualities(photos, tmp_path):
+def test_compression_is_that_of_files_of_the_qualities(photos):
     """Every quality between the two occurs, each as often."""
     images = NoisyImageDataset(photos.test[:100], degradation=Compression((20, 22)))
     found = []
     for degraded, clean, _ in (images[i] for i in range(100)):
-        pixels, best = (255 * clean).byte().permute(1, 2, 0).numpy(), []
-        for quality in range(18, 25):
-            Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=quality)
-            file = np.asarray(Image.open(tmp_path / "a.jpg")).transpose(2, 0, 1)
-            best += [quality] if np.array_equal((255 * degraded).round().numpy(), file) else []
+        best = qualities_of(degraded, clean, range(18, 25))
         assert best
         found += best[:1]
     counts = [found.count(quality) for quality in range(18, 25)]
@@ -119,11 +115,8 @@ def test_noise_in_jpeg_files_is_that_of_pillow(photos):
         noisy, clean, _ = plain[index]
         assert torch.equal(half[index][1], clean)
         assert torch.equal(half.sigma(index), plain.sigma(index))
-        pixels = (255 * noisy).round().byte().permute(1, 2, 0).numpy()
-        files = {quality: through_pillow(pixels, quality) for quality in range(75, 96)}
         of_all, of_half = (
-            [quality for quality, file in files.items() if torch.equal(dataset[index][0], file)]
-            for dataset in (all_of_them, half)
+            qualities_of(dataset[index][0], noisy, range(75, 96)) for dataset in (all_of_them, half)
         )
         found.append((of_all[0], bool(of_half)))
         assert of_half or torch.equal(half[index][0], noisy)
@@ -133,10 +126,15 @@ def test_noise_in_jpeg_files_is_that_of_pillow(photos):
     assert str(half.degradation) == "σ = 0.05 to 0.3 (50 % JPEG)"
 
 
-def through_pillow(pixels, quality):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-    return torch.from_numpy(np.asarray(Image.open(file)).transpose(2, 0, 1).copy()).float() / 255
+def qualities_of(degraded, image, qualities):
+    """Those at which Pillow makes [3, h, w] of another image."""
+    pixels, found = (255 * image).round().byte().permute(1, 2, 0).numpy(), []
+    for quality in qualities:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+        same = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float() / 255
+        found += [quality] if torch.equal(degraded, same) else []
+    return found
 
 
 @pytest.mark.parametrize(
