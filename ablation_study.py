@@ -27,20 +27,20 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
+from common.safe_files import locked, write_figure, write_text
+from common.user_errors import Diverged, UserError, run_main
 from denoising_experiment_proper import CAPACITIES, RECIPES, recipe_of, train
 from experiment.checkpoints import check, check_same_recipe, loads, real, whole
 from experiment.command_line import add_output, make_parser, number, select_device
 from experiment.cuda_graphs import ReplayedModel
-from experiment.degradations import degradation_in
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, spread
-from experiment.image_sources import SIZE, load_images
-from experiment.run_files import locked, write_figure, write_text
 from experiment.tiling import OVERLAP, InTiles, Tiled
-from experiment.timing import alternate, count_flops
 from experiment.trained_model import load_for_evaluation
-from experiment.user_errors import Diverged, UserError, run_main
-from model_variants import VARIANTS, replaced_parts
+from images.degradations import degradation_in
+from images.image_sources import SIZE, load_images
 from small_vit import MODELS, at_each, build_model, count_parameters
+from studies.model_variants import VARIANTS, replaced_parts
+from studies.timing import alternate, count_flops
 
 POINT = {"at": str, "psnr": real, "ssim": lambda v: v is None or real(v)}
 POINT["mflops"] = POINT["ssim"]  # None for tiles

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from topk_attention import topk_attention
+from layers.topk_attention import topk_attention
 
 
 class SparseAttentionExpert(nn.Module):

@@ -20,23 +20,26 @@ from functools import partial
 
 import torch
 
-import topk_attention
-from benchmark_large import (
+from common.safe_files import check_writable, write_text
+from common.user_errors import UserError, run_main
+from denoising_experiment_proper import RECIPES, train, training_step
+from experiment.command_line import add_output, autocast, make_parser, select_device
+from experiment.cuda_graphs import WARM_UP_STEPS, ReplayedModel, ReplayedStep, compiled, replayed
+from experiment.evaluation import evaluate
+from experiment.muon import make_optimizer
+from images.image_sources import load_images
+from images.noisy_images import NoisyImageDataset
+from layers import topk_attention
+from small_vit import MODELS, SmallViT
+from studies.benchmark_large import (
     both_passes,
     measure_photograph,
     measure_tiles,
     measure_tokens,
     tokens_of,
 )
-from denoising_experiment_proper import RECIPES, train, training_step
-from experiment.command_line import add_output, autocast, make_parser, select_device
-from experiment.cuda_graphs import WARM_UP_STEPS, ReplayedModel, ReplayedStep, compiled, replayed
-from experiment.evaluation import evaluate
-from experiment.image_sources import load_images
-from experiment.muon import make_optimizer
-from experiment.noisy_images import NoisyImageDataset
-from experiment.run_files import check_writable, write_text
-from experiment.timing import (
+from studies.model_variants import make_yardsticks
+from studies.timing import (
     alternate,
     count_bytes,
     count_flops,
@@ -45,9 +48,6 @@ from experiment.timing import (
     print_row,
     processor_name,
 )
-from experiment.user_errors import UserError, run_main
-from model_variants import make_yardsticks
-from small_vit import MODELS, SmallViT
 
 SIDE_BY_SIDE = (
     *("layer forward", "layer forward+backward", "training step", "inference"),

@@ -22,11 +22,11 @@ from skimage.restoration import (
 )
 from tqdm import tqdm
 
+from common.user_errors import UserError, reason, run_main
 from experiment.command_line import make_parser, number, ratio
 from experiment.evaluation import evaluate, plus_minus, psnr, result_line, ssim
 from experiment.tiling import OVERLAP, Tiled
 from experiment.trained_model import load_for_evaluation
-from experiment.user_errors import UserError, reason, run_main
 from small_vit import build_model
 
 STEP, MOST_STEPS = 1.25, 20  # between strengths beyond the lists, and how many of them

@@ -8,11 +8,11 @@ Exit code 1 when a figure of the checkpoint is not reproduced.
 
 import math
 
+from common.user_errors import UserError, run_main
 from experiment.checkpoints import TEST
 from experiment.command_line import make_parser
 from experiment.evaluation import evaluate, result_line, validation_batches, validation_mse
 from experiment.trained_model import load_for_evaluation
-from experiment.user_errors import UserError, run_main
 from small_vit import build_model
 
 # On the machine of the training the figures repeat exactly. Elsewhere, sums in another order can

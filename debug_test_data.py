@@ -7,11 +7,11 @@ Says loudly when something looks wrong, and then exits with 1.
 
 import torch
 
+from common.user_errors import run_main
 from experiment.command_line import make_parser
-from experiment.degradations import degradation_in
-from experiment.image_sources import load_images
-from experiment.noisy_images import noisy_splits
-from experiment.user_errors import run_main
+from images.degradations import degradation_in
+from images.image_sources import load_images
+from images.noisy_images import noisy_splits
 
 
 def normalisation_problems(images):

@@ -5,7 +5,7 @@
 
 It removes noise of any strength up to σ = 0.3 that was independent from pixel to pixel before the
 file was written, also as JPEG with colours at half resolution of quality 75 or more. In Python:
-`denoise(load_model("models/files.pt"), array)`.
+`denoise(load_model("models/photo.pt"), array)`.
 """
 
 import glob
@@ -21,12 +21,11 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from tqdm import tqdm
 
+from common.safe_files import place_of, write_figure
+from common.user_errors import UserError, printable, reason, run_main
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import SHIPPED, make_parser, number, select_device
 from experiment.cuda_graphs import ReplayedModel
-from experiment.degradations import degradation_in
-from experiment.photo_files import FORMATS, WRITTEN, check_format, read_photo, write_photo
-from experiment.run_files import place_of, write_figure
 from experiment.tiling import (
     LEAST_PROBE,
     OVERLAP,
@@ -36,7 +35,8 @@ from experiment.tiling import (
     estimate_noise,
     middle,
 )
-from experiment.user_errors import UserError, printable, reason, run_main
+from images.degradations import degradation_in
+from images.photo_files import FORMATS, WRITTEN, check_format, read_photo, write_photo
 from small_vit import build_model
 
 NOTICEABLE = 0.02  # σ of noise that is told of where most of it stays
@@ -177,7 +177,7 @@ def parse_args():
         "python denoise_image.py holiday/*.jpg --output clean/",
         *("checkpoint", "device", "threads", "dtype"),
     )
-    parser.set_defaults(checkpoint=str(SHIPPED / "files.pt"))
+    parser.set_defaults(checkpoint=str(SHIPPED / "photo.pt"))
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or wildcards")
     group = parser.add_argument_group("output")
     group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")

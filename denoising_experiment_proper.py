@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adaptive_attention_moe import load_balancing_loss
+from common.safe_files import locked, write_figure
+from common.user_errors import UserError, run_main
 from experiment.checkpoints import (
     check_finite,
     listed,
@@ -45,7 +47,6 @@ from experiment.data_parallel import (
     wait_if,
     world_size,
 )
-from experiment.degradations import OPTIONS_OF, check_options, degradation_in
 from experiment.evaluation import (
     draw_history,
     epoch_line,
@@ -55,12 +56,12 @@ from experiment.evaluation import (
     validation_batches,
     validation_mse,
 )
-from experiment.image_sources import SIZE, load_images
 from experiment.losses import LOSSES
 from experiment.muon import make_optimizer
-from experiment.noisy_images import NoisyImageDataset, noisy_splits
-from experiment.run_files import RunFiles, locked, write_figure
-from experiment.user_errors import UserError, run_main
+from experiment.run_files import RunFiles
+from images.degradations import OPTIONS_OF, check_options, degradation_in
+from images.image_sources import SIZE, load_images
+from images.noisy_images import NoisyImageDataset, noisy_splits
 from small_vit import MODELS, SmallViT, build_model, count_parameters, load_model, load_weights
 
 # What the original kept in this script stays importable from it.

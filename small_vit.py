@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptive_attention_moe import AdaptiveAttentionMoE, check_capacity, check_heads
-from conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
+from common.user_errors import UserError
 from experiment.checkpoints import read_checkpoint
 from experiment.tiling import reflected
-from experiment.user_errors import UserError
+from layers.conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ MODELS["quick"] = replace(MODELS["refined"], k_attend=(64,), conv_depth=2, local
 # A quarter of the tokens attends by default, wherever the router sends them.
 MODELS["routed"] = ViTConfig(k_attend=(64,), local=True, capacity=0.25)
 # No positions: a photograph has other and more of them than a crop. The budget is that of
-# models/photographs.pt; the study in FINAL_REPORT.md finds dense attention ahead of it.
+# models/gaussian.pt; the study in FINAL_REPORT.md finds dense attention ahead of it.
 MODELS["photographs"] = ViTConfig(
     image_size=64,
     num_heads=1,

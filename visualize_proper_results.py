@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 
+from common.safe_files import check_picture, check_writable, csv_text, write_figure, write_text
+from common.user_errors import UserError, printable, run_main
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import add_output, make_parser
-from experiment.degradations import degradation_in
 from experiment.evaluation import (
     evaluate,
     psnr,
@@ -25,9 +26,8 @@ from experiment.evaluation import (
     spread,
     ssim,
 )
-from experiment.run_files import check_picture, check_writable, csv_text, write_figure, write_text
 from experiment.trained_model import load_for_evaluation
-from experiment.user_errors import UserError, printable, run_main
+from images.degradations import degradation_in
 from small_vit import at_each, build_model
 
 # Ranks of the images drawn, as percentiles: the middle of the worst decile to that of the best.

@@ -10,12 +10,12 @@ import math
 import torch
 from matplotlib import pyplot as plt
 
+from common.safe_files import check_picture, write_figure
+from common.user_errors import run_main
 from experiment.command_line import add_output, make_parser
-from experiment.degradations import degradation_in
-from experiment.image_sources import load_images
-from experiment.noisy_images import noisy_splits
-from experiment.run_files import check_picture, write_figure
-from experiment.user_errors import run_main
+from images.degradations import degradation_in
+from images.image_sources import load_images
+from images.noisy_images import noisy_splits
 
 MEASURED_IMAGES = 4096  # at most; 12.6 million values fix the standard deviation to 0.03 %
 SIGMAS = 256  # values to which σ is rounded where it differs; 4e-6 of the standard deviation

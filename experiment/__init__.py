@@ -1,1 +1,1 @@
-"""What the scripts share: data, metrics, files and the machinery of training; no model."""
+"""The machinery of training, testing and of reading models; it knows no model itself."""

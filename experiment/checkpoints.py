@@ -6,11 +6,11 @@ import zipfile
 
 import torch
 
+from common.safe_files import csv_text, replace_when_complete, write_text
+from common.user_errors import Diverged, UserError
 from experiment.data_parallel import rank
-from experiment.degradations import DEFAULTS, DRAWS, KINDS
 from experiment.muon import state_shapes
-from experiment.run_files import csv_text, replace_when_complete, write_text
-from experiment.user_errors import Diverged, UserError
+from images.degradations import DEFAULTS, DRAWS, KINDS
 
 # Checks of single values ----------------------------------------------------------------------
 

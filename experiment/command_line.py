@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from experiment.degradations import BEST_QUALITY, DRAWS, MOST_HOLES, OPTIONS_OF, SCALES
+from common.user_errors import UserError
 from experiment.losses import LOSSES
-from experiment.user_errors import UserError
+from images.degradations import BEST_QUALITY, DRAWS, MOST_HOLES, OPTIONS_OF, SCALES
 
 PUBLISHED_CHECKPOINT = "best_denoising_model_proper.pt"
 SHIPPED = Path(__file__).parent.parent / "models"  # folder of trained models
@@ -96,9 +96,8 @@ OPTIONS = {
         "noise-map": dict(
             choices=list(DRAWS),
             default="uniform",
-            help="uniform: every image draws one σ of the range, log-uniformly; or how σ differs "
-            "over an image: the higher one in a rectangle, the lower one around it; from one to "
-            "the other across the image; or growing with the light, as on a sensor",
+            help="uniform: every image draws one σ of the range, log-uniformly; regions: the "
+            "higher one in a rectangle, the lower one around it",
         ),
         "seed": dict(
             type=number(int, 0),
@@ -161,8 +160,7 @@ OPTIONS = {
         ),
         "loss": dict(
             choices=list(LOSSES),
-            help="mean squared error; minus the mean PSNR; a smooth absolute error; 1 - SSIM; or "
-            "the first plus LPIPS, by the package of that name",
+            help="mean squared error; minus the mean PSNR; a smooth absolute error; or 1 - SSIM",
         ),
         "crop": dict(
             type=number(int, 1, most=4096),

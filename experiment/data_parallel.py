@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from experiment.user_errors import UserError
+from common.user_errors import UserError
 
 STEPS_PER_READ = 50  # reading a loss for the progress bar makes the CPU wait for a GPU
 

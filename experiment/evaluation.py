@@ -15,7 +15,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from experiment.cuda_graphs import ReplayedModel
-from experiment.degradations import degradation_in
+from images.degradations import degradation_in
 
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 FLAT = 1e-6  # mean gradient of an image of one value

@@ -6,14 +6,12 @@ import functools
 
 import torch.nn.functional as F
 
-from experiment.user_errors import UserError
+from common.user_errors import UserError
 
 PSNR_WEIGHT = 1e-3  # with it, 1 dB near 23 dB weighs what it weighs in the mean squared error
 PSNR_EPS = 1e-5  # an MSE of 50 dB; bounds the gradient of the logarithm
 CHARBONNIER_EPS = 1e-3  # below such differences the loss is a parabola
 SSIM_WINDOW = 7  # pixels, scikit-image's default
-LPIPS_LEAST = 31  # side of the smallest image that AlexNet's strides leave something of
-LPIPS_WEIGHT = 0.01  # beside the mean squared error, which is about 0.003 where LPIPS is about 0.1
 
 
 def mse(restored, clean):
@@ -53,35 +51,4 @@ def ssim(restored, clean):
     return 1 - similarity.mean()
 
 
-def lpips(restored, clean):
-    """Mean squared error + LPIPS_WEIGHT · LPIPS, the distance of AlexNet's features (Zhang et al.
-    2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric").
-
-    Raises:
-        UserError: there is no package lpips, its weights cannot be had, or the images are too small
-            for AlexNet.
-    """
-    if min(clean.shape[-2:]) < LPIPS_LEAST:
-        raise UserError(f"--loss lpips needs images of at least {LPIPS_LEAST}×{LPIPS_LEAST} pixels")
-    distance = lpips_network(clean.device)(restored, clean, normalize=True)
-    return mse(restored, clean) + LPIPS_WEIGHT * distance.mean()
-
-
-@functools.cache
-def lpips_network(device):
-    """The package's network, which it downloads once."""
-    try:
-        import lpips as package
-    except ImportError:
-        raise UserError("--loss lpips needs the package of that name: pip install lpips") from None
-    try:
-        network = package.LPIPS(net="alex", verbose=False)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--loss lpips: AlexNet's weights could not be downloaded ({error}); connect once, or "
-            "choose another --loss"
-        ) from None
-    return network.requires_grad_(False).eval().to(device)
-
-
-LOSSES = {f.__name__: f for f in (mse, psnr, charbonnier, ssim, lpips)}
+LOSSES = {f.__name__: f for f in (mse, psnr, charbonnier, ssim)}

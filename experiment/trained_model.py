@@ -2,12 +2,12 @@
 
 import os
 
+from common.user_errors import UserError, printable
 from experiment.checkpoints import read_checkpoint
 from experiment.command_line import select_device
-from experiment.degradations import degradation_in
-from experiment.image_sources import SIZE, load_images
-from experiment.noisy_images import noisy_splits
-from experiment.user_errors import UserError, printable
+from images.degradations import degradation_in
+from images.image_sources import SIZE, load_images
+from images.noisy_images import noisy_splits
 
 
 def load_for_evaluation(args, build_model, same_images=False):

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import denoising_experiment_proper as experiment
 import visualize_proper_results
 from adaptive_attention_moe import AdaptiveAttentionMoE
-from experiment.image_sources import load_images
-from experiment.noisy_images import NoisyImageDataset
-from experiment.user_errors import run_main
+from common.user_errors import run_main
+from images.image_sources import load_images
+from images.noisy_images import NoisyImageDataset
 from small_vit import MODELS, SmallViT
 
 ROOT = Path(__file__).resolve().parent.parent

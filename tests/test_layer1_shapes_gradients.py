@@ -10,9 +10,9 @@ from adaptive_attention_moe import (
     load_balancing_loss,
 )
 from experiment.tiling import reflected
-from model_variants import DnCNN, UNet
+from layers.topk_attention import topk_attention
 from small_vit import MODELS, SmallViT, ViTConfig, count_parameters
-from topk_attention import topk_attention
+from studies.model_variants import DnCNN, UNet
 
 
 @pytest.mark.parametrize("k_attend", [1, 5, 7, 100])

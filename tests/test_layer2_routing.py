@@ -7,9 +7,9 @@ import torch
 
 from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter, load_balancing_loss
 from experiment.evaluation import evaluate
-from experiment.noisy_images import NoisyImageDataset
-from experiment.reference import straightforward_expert
-from model_variants import (
+from images.noisy_images import NoisyImageDataset
+from small_vit import SmallViT
+from studies.model_variants import (
     VARIANTS,
     FirstChoiceRouter,
     OneOfExperts,
@@ -18,7 +18,7 @@ from model_variants import (
     spread_ranks,
     with_routers,
 )
-from small_vit import SmallViT
+from studies.reference import straightforward_expert
 
 
 def test_probabilities_are_valid(seeded):

@@ -4,16 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import topk_attention as kernel
 from adaptive_attention_moe import AdaptiveAttentionMoE, SparseAttentionExpert
 from conftest import Recorder
-from conv_stages import NAFBlock
-from experiment.reference import (
+from layers import topk_attention as kernel
+from layers.conv_stages import NAFBlock
+from layers.topk_attention import TIES, topk_attention
+from studies.reference import (
     gather_attention,
     straightforward_expert,
     straightforward_moe,
 )
-from topk_attention import TIES, topk_attention
 
 
 def loop_attention(query, key, value, k_attend):

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import topk_attention as kernel
 from adaptive_attention_moe import AdaptiveAttentionMoE
 from conftest import Recorder
 from experiment.evaluation import evaluate
-from experiment.noisy_images import NoisyImageDataset
-from experiment.reference import straightforward_moe
-from experiment.timing import count_bytes, count_flops
-from model_variants import OneOfExperts
+from images.noisy_images import NoisyImageDataset
+from layers import topk_attention as kernel
+from layers.topk_attention import TIES, topk_attention
 from small_vit import SmallViT
-from topk_attention import TIES, topk_attention
+from studies.model_variants import OneOfExperts
+from studies.reference import straightforward_moe
+from studies.timing import count_bytes, count_flops
 
 
 def record(function, *inputs):
@@ -151,20 +151,6 @@ def test_backward_of_the_sparse_path_makes_no_scores(monkeypatch):
         attended.sum().backward()
     assert counter.get_total_flops() == 0
     assert recorder.largest <= 4 * 1024 * (32 + TIES + 1)
-
-
-def test_memory_of_the_long_kernel_grows_linearly():
-    """No [N, N] tensor, forward and backward, and nothing of its size is kept."""
-    attend = pytest.importorskip("experiment.topk_kernel_long").topk_attention_long
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kept, largest = {}, {}
-    for tokens in (64, 128):
-        qkv = [torch.randn(1, 1, tokens, 16, device=device, requires_grad=True) for _ in "qkv"]
-        with Recorder() as recorder:
-            kept[tokens] = saved_bytes(lambda *qkv: attend(*qkv, 40).sum().backward(), *qkv)
-        largest[tokens] = recorder.largest
-    assert kept[128] == 2 * kept[64]
-    assert largest[128] == 2 * largest[64]
 
 
 def test_largest_tensor_does_not_grow_with_k(seeded):

@@ -12,18 +12,18 @@ from matplotlib import pyplot as plt
 
 import ablation_study
 import denoising_experiment_proper as experiment
+from common.user_errors import Diverged
 from conftest import ROOT, assert_refused, write_images
-from experiment.degradations import GaussianNoise
 from experiment.evaluation import evaluate, plus_minus
-from experiment.image_sources import load_images
-from experiment.noisy_images import noisy_splits
 from experiment.tiling import InTiles
-from experiment.timing import count_flops
-from experiment.user_errors import Diverged
-from model_variants import VARIANTS
+from images.degradations import GaussianNoise
+from images.image_sources import load_images
+from images.noisy_images import noisy_splits
 from small_vit import load_model
+from studies.model_variants import VARIANTS
+from studies.timing import count_flops
 
-DRAWN = {"dataset": "photos", "noise_level": [0.05, 0.4], "noise_map": "ramp", "tiles": []}
+DRAWN = {"dataset": "photos", "noise_level": [0.05, 0.4], "noise_map": "regions", "tiles": []}
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_table_and_picture_tell_means_over_seeds():
     )
     assert second.startswith(f"{start} 50 % |") and second.endswith("| 0.5 | 12.3 | 15.0 |")
     (axis,) = ablation_study.draw(rows, DRAWN).axes
-    assert axis.get_title() == "photos, σ = 0.05 to 0.4 (ramp)"
+    assert axis.get_title() == "photos, σ = 0.05 to 0.4 (regions)"
     assert axis.get_xlabel() == "MFLOP per image"
     ((line, *_),) = axis.containers
     assert line.get_xydata().tolist() == [[1.26, 21.0], [0.5, 20.25]]
@@ -151,7 +151,7 @@ def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
     assert trained == [*names, names[-1]]
     process = study("--variants", *names, "--lr", 0.5)
     assert_refused(process, "lr 0.001, this one has 0.5", "--output")
-    process = study("--variants", *names, "--noise-level", 0.1, 0.3, "--noise-map", "ramp")
+    process = study("--variants", *names, "--noise-level", 0.1, 0.3, "--noise-map", "regions")
     assert_refused(process, "noise_level [0.2, 0.2], this one has [0.1, 0.3]", "--output")
 
 
@@ -314,7 +314,7 @@ def test_tiles_are_drawn_in_the_order_of_their_size_and_whole_images_last():
         },
     ]
     (axis,) = ablation_study.draw(rows, DRAWN | {"tiles": [16, 32], "crop": 16}).axes
-    assert axis.get_title() == "photos, σ = 0.05 to 0.4 (ramp), trained on crops of 16×16"
+    assert axis.get_title() == "photos, σ = 0.05 to 0.4 (regions), trained on crops of 16×16"
     curves = [line.get_ydata().tolist() for (line, *_) in axis.containers]
     assert curves == [[21.0, 23.0, 23.0], [19.0, 21.0, 20.0]]
     axis.figure.canvas.draw()

@@ -12,10 +12,10 @@ from PIL import Image
 import compare_baselines
 import debug_evaluation
 import visualize_proper_results
+from common.user_errors import UserError
 from conftest import assert_refused, write_images
 from experiment.checkpoints import read_checkpoint, trusted
-from experiment.image_sources import load_images
-from experiment.user_errors import UserError
+from images.image_sources import load_images
 
 
 class Attack:
@@ -70,7 +70,8 @@ def test_bad_checkpoints_are_refused(trained, call, script, make, words):
         ({"recipe.quality": [10.5, 40]}, "recipe.quality cannot be [10.5, 40]"),
         ({"recipe.jpeg_share": 1.5}, "recipe.jpeg_share cannot be 1.5"),
         ({"recipe.jpeg_share": True}, "recipe.jpeg_share cannot be True"),
-        ({"recipe.noise_map": "ramp"}, "recipe.noise_map cannot be 'ramp' with one σ"),
+        ({"recipe.noise_map": "regions"}, "recipe.noise_map cannot be 'regions' with one σ"),
+        ({"recipe.noise_map": "ramp"}, "recipe.noise_map cannot be 'ramp'"),
         ({"recipe.noise_map": "stripes"}, "noise_map cannot be 'stripes'"),
         ({"recipe.noise_map": ["regions"]}, "noise_map cannot be ['regions']"),
         ({"recipe.noise_map": None}, "noise_map cannot be NoneType"),

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 import benchmark
-import benchmark_large
 import denoising_experiment_proper as experiment
 from conftest import assert_refused
-from experiment import timing
-from experiment.timing import count_bytes, count_flops
-from model_variants import make_yardsticks
+from studies import benchmark_large, timing
+from studies.model_variants import make_yardsticks
+from studies.timing import count_bytes, count_flops
 
 
 class Inline:

@@ -14,11 +14,12 @@ from PIL import Image
 import ablation_study
 import denoise_image
 import denoising_experiment_proper as experiment
+from common.safe_files import locked, replace_when_complete
+from common.user_errors import UserError
 from conftest import SHORT, assert_refused, interrupted_in_epoch
 from experiment.checkpoints import write_checkpoint
 from experiment.command_line import SHIPPED
-from experiment.run_files import RunFiles, locked, replace_when_complete
-from experiment.user_errors import UserError
+from experiment.run_files import RunFiles
 from small_vit import load_model
 
 # Runs ----------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
 
 # Shipped models ------------------------------------------------------------------------------
 
-of_photographs = pytest.mark.parametrize("name", ["files", "photographs"])
+of_photographs = pytest.mark.parametrize("name", ["photo", "gaussian"])
 
 
 @of_photographs
@@ -218,7 +219,7 @@ def test_grey_photographs_are_denoised_too(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("a.png", "files"), ("a.jpg", "files"), ("a.jpg", "photographs")]
+    ("name", "model"), [("a.png", "photo"), ("a.jpg", "photo"), ("a.jpg", "gaussian")]
 )
 def test_noise_in_files_is_removed_or_told_of(call, name, model):
     """JPEG stores colours at half resolution, which joins the noise of four pixels."""
@@ -229,7 +230,7 @@ def test_noise_in_files_is_removed_or_told_of(call, name, model):
     assert process.returncode == 0, process.stderr
     files = (Image.open(path) for path in (name, "a_denoised.png"))
     before, after = (((np.asarray(image) - 1.0 * photo) ** 2).mean() for image in files)
-    knows = name == "a.png" or model == "files"
+    knows = name == "a.png" or model == "photo"
     assert (10 * np.log10(before / after) > 6) == knows
     assert ("most of it stays" in process.stdout) != knows
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import write_images
-from experiment import image_cache, image_sources
-from experiment.image_sources import load_images
+from images import image_cache, image_sources
+from images.image_sources import load_images
 
 
 @pytest.fixture

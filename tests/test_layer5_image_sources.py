@@ -15,14 +15,14 @@ from PIL import Image, ImageCms
 import compare_baselines
 import debug_test_data
 import denoising_experiment_proper as experiment
+from common.user_errors import UserError, reason
 from conftest import assert_refused, write_images
 from denoising_experiment_proper import Recipe
-from experiment.degradations import GaussianNoise
 from experiment.evaluation import sharpness, ssim
-from experiment.image_sources import LEAST_SIDE, load_images
-from experiment.noisy_images import noisy_splits
-from experiment.photo_files import Photo, read_photo, read_rgb, write_photo
-from experiment.user_errors import UserError, reason
+from images.degradations import GaussianNoise
+from images.image_sources import LEAST_SIDE, load_images
+from images.noisy_images import noisy_splits
+from images.photo_files import Photo, read_photo, read_rgb, write_photo
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 

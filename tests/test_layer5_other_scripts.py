@@ -20,10 +20,10 @@ import visualize_proper_results
 import visualize_training_data
 from conftest import SHORT, assert_refused, read_csv, run_here
 from experiment.checkpoints import write_checkpoint
-from experiment.degradations import DRAWS, GaussianNoise
 from experiment.evaluation import psnr
-from experiment.image_sources import load_images
-from experiment.noisy_images import NoisyImageDataset
+from images.degradations import DRAWS, GaussianNoise
+from images.image_sources import load_images
+from images.noisy_images import NoisyImageDataset
 from small_vit import MODELS, SmallViT, load_model
 
 # Pictures ------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_training_data_script_notices_wrong_noise(call, monkeypatch, options, fa
 def test_training_data_script_notices_noise_of_another_level(call, monkeypatch):
     """Consistently of σ = 0.19 in place of the 0.2 that was asked for."""
     monkeypatch.setattr(
-        "experiment.degradations.draw_sigma", lambda uniform, _: torch.full_like(uniform, 0.19)
+        "images.degradations.draw_sigma", lambda uniform, _: torch.full_like(uniform, 0.19)
     )
     process = call(visualize_training_data, "--dataset", "photos")
     assert process.returncode == 1

@@ -19,12 +19,13 @@ import denoise_image
 import denoising_experiment_proper as experiment
 import visualize_proper_results
 from conftest import ROOT, assert_refused, interrupted_in_epoch, run_here
-from experiment import noisy_images, tiling
-from experiment.degradations import GaussianNoise
-from experiment.image_sources import load_images
-from experiment.noisy_images import noisy_splits
-from experiment.photo_files import read_photo
+from experiment import tiling
 from experiment.tiling import OVERLAP, denoise, windows
+from images import noisy_images
+from images.degradations import GaussianNoise
+from images.image_sources import load_images
+from images.noisy_images import noisy_splits
+from images.photo_files import read_photo
 from small_vit import load_model
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

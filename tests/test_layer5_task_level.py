@@ -16,7 +16,6 @@ import denoising_experiment_proper as experiment
 import visualize_proper_results
 import visualize_training_data
 from conftest import ROOT, SHORT, assert_refused, read_csv
-from experiment.degradations import KINDS, GaussianNoise
 from experiment.evaluation import (
     draw_history,
     evaluate,
@@ -27,8 +26,9 @@ from experiment.evaluation import (
     validation_batches,
     validation_mse,
 )
-from experiment.image_sources import load_images
-from experiment.noisy_images import NoisyImageDataset, noisy_splits
+from images.degradations import KINDS, GaussianNoise
+from images.image_sources import load_images
+from images.noisy_images import NoisyImageDataset, noisy_splits
 from small_vit import MODELS, load_model
 
 UMASK = os.umask(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from adaptive_attention_moe import AdaptiveAttentionMoE, load_balancing_loss
-from experiment.noisy_images import NoisyImageDataset
+from images.noisy_images import NoisyImageDataset
 from small_vit import SmallViT, ViTConfig
 
 # Ablations -----------------------------------------------------------------------------------

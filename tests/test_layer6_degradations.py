@@ -16,10 +16,10 @@ import denoising_experiment_proper as experiment
 import visualize_proper_results
 from conftest import SHORT, assert_refused, run_here, same_weights
 from experiment.checkpoints import write_checkpoint
-from experiment.degradations import Compression, GaussianNoise, Holes, SuperResolution, pull_push
 from experiment.evaluation import evaluate
-from experiment.image_sources import Split
-from experiment.noisy_images import NoisyImageDataset
+from images.degradations import Compression, GaussianNoise, Holes, SuperResolution, pull_push
+from images.image_sources import Split
+from images.noisy_images import NoisyImageDataset
 from small_vit import MODELS, SmallViT, ViTConfig, load_model
 
 TASKS = {"super-resolution": SuperResolution(2), "inpaint": Holes(), "jpeg": Compression()}
@@ -327,7 +327,7 @@ def test_impossible_tasks_end_in_a_sentence(call, folder, options, words):
         ("--scale", 2),
         ("--holes", 0.1, 0.2),
         ("--quality", 10, 40),
-        ("--noise-map", "ramp"),
+        ("--noise-map", "regions"),
         ("--noise-level", 0.1, 0.2),
         ("--tiles", 32),
         ("--recipe", "quick"),

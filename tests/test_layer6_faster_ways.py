@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 import denoising_experiment_proper as experiment
+from common.user_errors import UserError
 from conftest import load_history, run_here, same_weights, train_few
 from denoising_experiment_proper import Recipe
 from experiment import cuda_graphs, data_parallel
 from experiment.command_line import PUBLISHED_CHECKPOINT
 from experiment.muon import make_optimizer
 from experiment.run_files import RunFiles
-from experiment.user_errors import UserError
 from small_vit import MODELS, SmallViT
 
 # Processes -----------------------------------------------------------------------------------

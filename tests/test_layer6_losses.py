@@ -1,36 +1,12 @@
-"""Layer 6, losses: each is its definition, falls in training, and says what it lacks."""
-
-import sys
-from types import SimpleNamespace
+"""Layer 6, losses: each is its definition, and falls in training."""
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import assert_refused, train_few, train_on
+from conftest import train_few
 from experiment import evaluation, losses
 from experiment.losses import LOSSES
-
-
-@pytest.fixture
-def random_lpips(monkeypatch):
-    """A package lpips whose backbone is drawn at random, as nothing is downloaded in a test."""
-
-    class Backbone(torch.nn.Module):
-        def __init__(self, net, verbose):
-            super().__init__()
-            assert net == "alex"
-            self.features = torch.nn.Conv2d(3, 8, 5, stride=2)
-
-        def forward(self, one, other, normalize):
-            assert normalize  # images in [0, 1], not in [-1, 1]
-            difference = self.features(one).relu() - self.features(other).relu()
-            return difference.square().mean((1, 2, 3), keepdim=True)
-
-    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Backbone))
-    losses.lpips_network.cache_clear()
-    yield
-    losses.lpips_network.cache_clear()
 
 
 def pair(photos, count=6):
@@ -54,7 +30,6 @@ def test_psnr_and_charbonnier_are_their_formulas(photos):
     assert losses.charbonnier(noisy, clean).item() == pytest.approx(expected.item())
 
 
-@pytest.mark.usefixtures("random_lpips")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_loss_is_least_at_the_true_image_and_its_gradient_leads_there(photos, loss):
     noisy, clean = pair(photos)
@@ -72,7 +47,6 @@ def test_a_loss_is_least_at_the_true_image_and_its_gradient_leads_there(photos, 
     assert (image - clean).abs().mean() < 0.9 * (noisy - clean).abs().mean()
 
 
-@pytest.mark.usefixtures("random_lpips")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains(few, loss):
     history = train_few(few, loss=loss, lr=1e-3)["history"]
@@ -80,23 +54,10 @@ def test_every_loss_trains(few, loss):
 
 
 def test_equal_images_have_finite_gradients():
-    for name in LOSSES.keys() - {"lpips"}:
+    for name in LOSSES:
         image = torch.full((1, 3, 8, 8), 0.5, requires_grad=True)
         LOSSES[name](image, image.detach().clone()).backward()
         assert image.grad.isfinite().all(), name
-
-
-@pytest.mark.parametrize("why", ["package", "weights"])
-def test_lpips_says_what_it_lacks(call, folder, monkeypatch, why):
-    def offline(**_):
-        raise OSError("no network")
-
-    package = None if why == "package" else SimpleNamespace(LPIPS=offline)
-    monkeypatch.setitem(sys.modules, "lpips", package)
-    losses.lpips_network.cache_clear()
-    process = train_on(call, folder, "m.pt", "--loss", "lpips")
-    words = "pip install lpips" if why == "package" else "no network"
-    assert_refused(process, "--loss lpips", words)
 
 
 def test_sharpness_is_that_of_the_gradients(photos):

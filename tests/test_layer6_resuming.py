@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import denoising_experiment_proper as experiment
+from common.user_errors import UserError
 from conftest import (
     assert_refused,
     load_history,
@@ -17,9 +18,8 @@ from conftest import (
     without_seconds,
 )
 from experiment.checkpoints import check_same_recipe, read_run
-from experiment.degradations import DEFAULTS
 from experiment.run_files import RunFiles
-from experiment.user_errors import UserError
+from images.degradations import DEFAULTS
 from small_vit import MODELS, SmallViT, load_model
 
 

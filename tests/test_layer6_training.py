@@ -18,11 +18,11 @@ from conftest import (
     without_seconds,
 )
 from denoising_experiment_proper import RECIPES, Recipe
-from experiment.degradations import GaussianNoise
 from experiment.evaluation import evaluate
-from experiment.image_sources import load_images
 from experiment.muon import Muon, make_optimizer, orthogonalised
-from experiment.noisy_images import NoisyImageDataset, noisy_splits
+from images.degradations import GaussianNoise
+from images.image_sources import load_images
+from images.noisy_images import NoisyImageDataset, noisy_splits
 from small_vit import MODELS, SmallViT, load_model
 from visualize_proper_results import attending
 

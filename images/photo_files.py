@@ -11,8 +11,8 @@ import numpy as np
 import tifffile
 from PIL import Image, UnidentifiedImageError
 
-from experiment.run_files import replace_when_complete
-from experiment.user_errors import UserError
+from common.safe_files import replace_when_complete
+from common.user_errors import UserError
 
 # Read by Pillow itself: others, such as EPS, start programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF")

@@ -9,19 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-try:
-    from experiment import topk_kernel
-except ImportError:  # this file works without it
-    topk_kernel = None
-try:
-    from experiment import topk_kernel_long
-except ImportError:  # there is none without Triton
-    topk_kernel_long = None
+from layers import topk_kernel
 
-# TOPK_KERNEL=0 in the environment switches the kernels for GPUs off, TOPK_KERNEL=long switches the
-# one for long sequences on as well.
+# TOPK_KERNEL=0 in the environment switches the kernel for GPUs off.
 USE_KERNEL = os.environ.get("TOPK_KERNEL") != "0"
-USE_LONG_KERNEL = os.environ.get("TOPK_KERNEL") == "long"
 # Scores held at a time, 64 MiB in float32: longer sequences are processed in blocks of queries.
 MAX_SCORES = 2**24
 # Among such sequences, with this many times more keys than are kept, reading the kept ones alone
@@ -37,11 +28,10 @@ def topk_attention(query, key, value, k_attend):
     softmax over {j : s_ij among the k_attend largest of row i}, with s = query keyᵀ / √d_head
     ("Explicit Sparse Transformer", Zhao et al. 2019). The selection is exact.
     Keys that tie with the k-th largest score are all kept, so that the result never depends on
-    the order of the keys. One result, computed in one of six ways:
+    the order of the keys. One result, computed in one of five ways:
 
     - k_attend >= N_k is dense attention;
-    - on a GPU with Triton, short sequences are one kernel, see `experiment/topk_kernel.py`;
-    - with TOPK_KERNEL=long, longer ones are four kernels, see `experiment/topk_kernel_long.py`;
+    - on a GPU with Triton, short sequences are one kernel, see `layers/topk_kernel.py`;
     - scores below each row's k-th largest are masked, and plain matrix products do the rest: at
       moderate lengths this is faster than gathering the selected values;
     - where all scores would be more than MAX_SCORES, that is done in blocks of queries, which are
@@ -67,9 +57,8 @@ def topk_attention(query, key, value, k_attend):
         raise ValueError(f"k_attend must be at least 1, got {k_attend}")
     if k_attend >= key.shape[-2]:
         return F.scaled_dot_product_attention(query, key, value)
-    kernel = kernel_for(query, key, value)
-    if kernel:
-        return kernel(query, key, value, k_attend)
+    if kernel_fits(query, key, value):
+        return topk_kernel.topk_attention_short(query, key, value, k_attend)
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     query = query * query.shape[-1] ** -0.5
     block = max(1, MAX_SCORES // max(1, query.shape[:-2].numel() * num_keys))
@@ -95,15 +84,10 @@ def topk_attention(query, key, value, k_attend):
     return torch.cat(blocks, dim=-2)
 
 
-def kernel_for(query, key, value):
-    """The kernel that can do it, or None; torch.compile makes one of its own."""
-    if not USE_KERNEL or not query.is_cuda or torch.compiler.is_compiling():
-        return None
-    if topk_kernel and topk_kernel.fits(query, key, value):
-        return topk_kernel.topk_attention_short
-    if USE_LONG_KERNEL and topk_kernel_long and topk_kernel_long.fits(query, key, value):
-        return topk_kernel_long.topk_attention_long
-    return None
+def kernel_fits(query, key, value):
+    """Whether the kernel can do it; torch.compile makes one of its own."""
+    wanted = USE_KERNEL and query.is_cuda and not torch.compiler.is_compiling()
+    return wanted and topk_kernel.fits(query, key, value)
 
 
 def attend_by_masking(query, key, value, k_attend):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from experiment.degradations import GaussianNoise
-from experiment.image_sources import Split
-from experiment.user_errors import UserError
+from common.user_errors import UserError
+from images.degradations import GaussianNoise
+from images.image_sources import Split
 
 CROPS_PER_PHOTOGRAPH = 64  # in an epoch, of images that are kept whole
 CROP_STREAM = 1  # keeps the places of crops apart from the noise

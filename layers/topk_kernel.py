@@ -18,8 +18,8 @@ MOST_KEYS = 64  # with 256, registers and shared memory do not hold what the bac
 ROWS = 32  # queries of a block
 
 
-def fits(query, key, value, most_keys=MOST_KEYS):
-    """Whether a kernel for most_keys can do it: [B, H, N, d] of one dtype, N_k <= most_keys."""
+def fits(query, key, value):
+    """Whether the kernel can do it: [B, H, N, d] of one dtype, N_k <= MOST_KEYS, and Triton."""
     same = query.dtype == key.dtype == value.dtype and key.shape == value.shape
     return (
         triton is not None
@@ -28,7 +28,7 @@ def fits(query, key, value, most_keys=MOST_KEYS):
         and query.dtype in (torch.float32, torch.bfloat16)
         and query.shape[:2] == key.shape[:2]
         and query.shape[3] == key.shape[3] in (16, 32, 64)
-        and 1 <= key.shape[2] <= most_keys
+        and 1 <= key.shape[2] <= MOST_KEYS
         and query.numel() > 0
     )
 

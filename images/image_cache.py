@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiment.run_files import replace_when_complete
-from experiment.user_errors import UserError
+from common.safe_files import replace_when_complete
+from common.user_errors import UserError
 
 LEAST_FILES = 1000  # of a folder that is kept; fewer take a moment
 

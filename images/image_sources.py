@@ -18,9 +18,9 @@ import torch
 from skimage.transform import downscale_local_mean
 from tqdm import tqdm
 
-from experiment.image_cache import remembered
-from experiment.photo_files import read_rgb
-from experiment.user_errors import UserError, printable, reason
+from common.user_errors import UserError, printable, reason
+from images.image_cache import remembered
+from images.photo_files import read_rgb
 
 SIZE = 32  # side of a thumbnail, pixels
 LEAST_SIDE = 12  # of a photograph: SSIM has windows of 7×7, super-resolution leaves out a border

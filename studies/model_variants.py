@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter
-from conv_stages import in_fastest_layout
-from experiment.reference import straightforward_moe
+from layers.conv_stages import in_fastest_layout
 from small_vit import MODELS, SmallViT, zero_
+from studies.reference import straightforward_moe
 
 ALL_KEYS = 2**30  # of a budget that no image reaches
 

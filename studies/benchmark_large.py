@@ -13,9 +13,9 @@ from experiment.command_line import SHIPPED, autocast
 from experiment.cuda_graphs import ReplayedModel
 from experiment.evaluation import psnr
 from experiment.tiling import TILE, denoise
-from experiment.timing import alternate, peaks_apart, print_head, print_row
-from model_variants import VARIANTS, DnCNN, make_yardsticks
 from small_vit import load_model
+from studies.model_variants import VARIANTS, DnCNN, make_yardsticks
+from studies.timing import alternate, peaks_apart, print_head, print_row
 
 MOST_GATHERED = 4096  # tokens; at 16,384 the straightforward layer takes tens of GiB
 PHOTOGRAPH = (321, 481)  # height and width of those of the field's first data set
@@ -128,7 +128,7 @@ def photograph_runs(name, tile, device, dtype):
 
 def measure_tiles(effort, device, dtype):
     """Decibels against seconds of tiles and their overlap, by the shipped model."""
-    model = load_model(SHIPPED / "photographs.pt").to(device)
+    model = load_model(SHIPPED / "gaussian.pt").to(device)
     photographs = [noisy_photograph(name) for name in ("astronaut", "coffee", "rocket")]
     print_head("tile", "overlap", "PSNR (dB)", "seconds")
     rows = []

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.user_errors import UserError
 from experiment.command_line import select_device
-from experiment.user_errors import UserError
 
 # Side of the matrices and values of the tensor by which limits are measured: no cache holds the
 # tensor, and on a GPU smaller ones time the launch alone.

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from experiment.user_errors import UserError
+from common.user_errors import UserError
 
 SCALES = (2, 3, 4)
 BEST_QUALITY = 95  # of JPEG; above it Pillow's files grow and hardly gain
 QUALITY_OF_PHOTOGRAPHS = (75, BEST_QUALITY)  # (least, most) that cameras and editors write
 # How σ differs over an image, see `sigma_map`, and the random numbers that this takes.
-DRAWS = {"uniform": 1, "regions": 4, "ramp": 1, "signal": 1}
+DRAWS = {"uniform": 1, "regions": 4}
 
 
 class Degradation:
@@ -318,30 +318,21 @@ def sigma_map(kind, clean, noise_range, uniform):
     """The standard deviation of the noise of every pixel, between the two values of a range.
 
     Args:
-        kind: "uniform", one σ for an image, see `draw_sigma`; "regions", the higher one in a
-            rectangle of a sixth to a half of the image, the lower one around it; "ramp", from one
-            to the other in a random direction, evenly in octaves; "signal", a variance that grows
-            with the light as that of a sensor, σ² = low² + (high² - low²) · clean ("Practical
-            Poissonian-Gaussian noise modeling", Foi et al. 2008).
+        kind: "uniform", one σ for an image, see `draw_sigma`; or "regions", the higher one in a
+            rectangle of a sixth to a half of the image, the lower one around it.
         clean: [n, 3, h, w] in [0, 1].
         noise_range: (low, high).
         uniform: numbers in [0, 1), [n, DRAWS[kind]]; further ones do not count.
 
     Returns:
-        [n, 1, 1, 1], [n, 1, h, w] or, for "signal", [n, 3, h, w].
+        [n, 1, 1, 1] or [n, 1, h, w].
     """
     low, high = noise_range
     first, *others = uniform[:, : DRAWS[kind], None, None, None].unbind(1)  # each [n, 1, 1, 1]
     if kind == "uniform":
         return draw_sigma(first, noise_range)
-    if kind == "signal":
-        return (low**2 + (high**2 - low**2) * clean).sqrt()
     y, x = (((torch.arange(n, device=clean.device) + 0.5) / n) for n in clean.shape[2:])
     y = y[:, None]  # from the top edge, 0, to the bottom, 1
-    if kind == "ramp":
-        along, across = (2 * math.pi * first).cos(), (2 * math.pi * first).sin()
-        place = (along * (x - 0.5) + across * (y - 0.5)) / (along.abs() + across.abs()) + 0.5
-        return draw_sigma(place, noise_range)
     area, (stretch, top, left) = 1 / 6 + first / 3, others
     height = area.sqrt() * 2 ** (stretch - 0.5)  # at most 1, as the width is
     width = area / height

@@ -1,0 +1,1 @@
+"""What every room needs: errors that a user can put right, files that are never half written."""

@@ -1,0 +1,1 @@
+"""The layers of the method and the denoiser; they need torch alone."""
