@@ -13,10 +13,11 @@ Shapes: B images, N tokens, D = d_model, H heads of d_head = D / H channels, E e
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from layers.topk_attention import topk_attention
 
@@ -33,7 +34,7 @@ class SparseAttentionExpert(nn.Module):
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, d_model=128, num_heads=4, k_attend=32):
+    def __init__(self, d_model: int = 128, num_heads: int = 4, k_attend: int = 32):
         super().__init__()
         check_heads(d_model, num_heads)
         if k_attend < 1:
@@ -45,7 +46,7 @@ class SparseAttentionExpert(nn.Module):
         self.value = nn.Linear(d_model, d_model)
         self.out_proj = nn.Linear(d_model, d_model)
 
-    def forward(self, x, chosen=None):
+    def forward(self, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]; with `chosen` [B, M, D] these alone are queries -> [B, M, D]."""
         if chosen is None:
             query, key, value = self.project(x, self.query, self.key, self.value)
@@ -55,7 +56,7 @@ class SparseAttentionExpert(nn.Module):
         attended = topk_attention(query, key, value, self.k_attend)  # as query
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
-    def project(self, x, *layers):
+    def project(self, x: Tensor, *layers: nn.Linear) -> list[Tensor]:
         """[B, N, D] -> [B, H, N, d_head] by each of the layers."""
         # Layers of their own, so that an optimizer treats each by itself, but one matrix product.
         weight = torch.cat([layer.weight for layer in layers])
@@ -75,7 +76,7 @@ class TokenRouter(nn.Module):
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, d_model=128, num_experts=3):
+    def __init__(self, d_model: int = 128, num_experts: int = 3):
         super().__init__()
         if d_model < 2 or num_experts < 1:
             raise ValueError(
@@ -86,7 +87,7 @@ class TokenRouter(nn.Module):
             nn.Linear(d_model, d_model // 2), nn.ReLU(), nn.Linear(d_model // 2, num_experts)
         )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> routing probabilities [B, N, E]; each token's sum to 1."""
         return self.mlp(x).softmax(dim=-1)
 
@@ -111,7 +112,13 @@ class AdaptiveAttentionMoE(nn.Module):
         ValueError: an argument is out of its range.
     """
 
-    def __init__(self, d_model=128, num_heads=4, k_attend=(32, 64, 128), capacity=None):
+    def __init__(
+        self,
+        d_model: int = 128,
+        num_heads: int = 4,
+        k_attend: Sequence[int] = (32, 64, 128),
+        capacity: float | None = None,
+    ):
         super().__init__()
         if len(k_attend) < 1:
             raise ValueError(f"k_attend needs one budget per expert, got {tuple(k_attend)}")
@@ -123,11 +130,11 @@ class AdaptiveAttentionMoE(nn.Module):
         self.merge = nn.Linear(d_model, d_model)
 
     @property
-    def capacity(self):
+    def capacity(self) -> float | None:
         return self._capacity
 
     @capacity.setter
-    def capacity(self, share):
+    def capacity(self, share: float):
         if self._capacity is None:
             raise ValueError(
                 "this layer was made without a capacity: its router has no such choice"
@@ -135,7 +142,7 @@ class AdaptiveAttentionMoE(nn.Module):
         check_capacity(share)
         self._capacity = share
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes the experts' outputs for every token.
 
         Args:
@@ -160,23 +167,23 @@ class AdaptiveAttentionMoE(nn.Module):
         mixed = self.mix(weights[..., :-1], x, tokens).to(x.dtype)  # [B, M, D]
         return torch.zeros_like(x).scatter(1, places.expand_as(mixed), mixed), routing
 
-    def mix(self, routing, x, chosen=None):
+    def mix(self, routing: Tensor, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """merge(Σ_e p_e · expert_e(x)) of all tokens or of the chosen ones."""
         weights = routing.unsqueeze(-1).unbind(2)  # E times [B, M, 1]
         experts = zip(weights, self.experts, strict=True)
         return self.merge(sum(p * expert(x, chosen) for p, expert in experts))
 
-    def choose(self, routing):
+    def choose(self, routing: Tensor) -> Tensor:
         """Places of the ⌈capacity · N⌉ tokens that attend, int64 [B, M]; ties go to the first."""
         count = max(1, math.ceil(self.capacity * routing.shape[1] - 1e-6))  # 0.07 · 100 > 7
-        return self.reluctance(routing).argsort(dim=1, stable=True)[:, :count]
+        return self.rank_tokens(routing).argsort(dim=1, stable=True)[:, :count]
 
-    def reluctance(self, routing):
+    def rank_tokens(self, routing: Tensor) -> Tensor:
         """[B, N, E + 1] -> [B, N]: the tokens with the lowest values attend."""
         return routing[..., -1].detach()
 
 
-def check_heads(d_model, num_heads):
+def check_heads(d_model: int, num_heads: int) -> None:
     """Raises a ValueError unless both are positive and num_heads divides d_model."""
     if d_model < 1 or num_heads < 1 or d_model % num_heads:
         raise ValueError(
@@ -184,13 +191,13 @@ def check_heads(d_model, num_heads):
         )
 
 
-def check_capacity(share):
+def check_capacity(share: float) -> None:
     """Raises a ValueError unless it is a number above 0 and at most 1."""
     if type(share) not in (int, float) or not 0 < share <= 1:
         raise ValueError(f"capacity must be above 0 and at most 1, got {share!r}")
 
 
-def load_balancing_loss(routing, capacity=None):
+def load_balancing_loss(routing: Tensor, capacity: float | None = None) -> Tensor:
     """KL(uniform ‖ mean routing probability) / E: zero when all experts carry the same load.
 
     Args:

@@ -7,47 +7,35 @@
 The yardsticks are the straightforward implementation, which gathers the selected values, and a
 vision transformer of the same width with ordinary dense attention; the refined and the routed
 model, trained by their own recipes, are shown beside them. All alternate in one run, after a
-warm-up; a figure is the median. "part of the limit" is how near this model comes to the rate of a
-matrix product or of a copy on the same device, whichever binds. Prints its tables and writes
-benchmark_results.json.
+warm-up; a figure is the median. Prints its tables and writes benchmark_results.json.
 """
 
 import json
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 from common.safe_files import check_writable, write_text
 from common.user_errors import UserError, run_main
 from denoising_experiment_proper import RECIPES, train, training_step
-from experiment.command_line import add_output, autocast, make_parser, select_device
+from experiment import command_line as cli
 from experiment.cuda_graphs import WARM_UP_STEPS, ReplayedModel, ReplayedStep, compiled, replayed
 from experiment.evaluation import evaluate
 from experiment.muon import make_optimizer
+from experiment.recipe import Recipe
+from experiment.reports import print_head, print_row
 from images.image_sources import load_images
 from images.noisy_images import NoisyImageDataset
-from layers import topk_attention
+from images.training_batches import training_batches
 from small_vit import MODELS, SmallViT
-from studies.benchmark_large import (
-    both_passes,
-    measure_photograph,
-    measure_tiles,
-    measure_tokens,
-    tokens_of,
-)
-from studies.model_variants import make_yardsticks
-from studies.timing import (
-    alternate,
-    count_bytes,
-    count_flops,
-    limits_of,
-    print_head,
-    print_row,
-    processor_name,
-)
+from studies import benchmark_large as large
+from studies.model_variants import YARDSTICKS, make_yardsticks
+from studies.timing import alternate, processor_name
 
 SIDE_BY_SIDE = (
     *("layer forward", "layer forward+backward", "training step", "inference"),
@@ -70,6 +58,10 @@ class Effort:
     tiles: tuple = ((64, 16), (128, 16), (256, 16), (256, 32), (512, 32), (1024, 32))  # overlaps
     training_steps: int = RECIPES["quick"].steps
     straightforward_steps: int = 20  # to time beside them
+    verdict: bool = True  # whether the training is long enough for one
+    dtype: str = "float32"  # of matrix products
+    compile: bool = False
+    seed: int = 42
 
 
 QUICK = Effort(
@@ -80,99 +72,88 @@ QUICK = Effort(
     tiles=((64, 16), (128, 16)),
     training_steps=4,
     straightforward_steps=2,
+    verdict=False,
 )
 
 
 # Side by side --------------------------------------------------------------------------------
 
 
-def forward_pass(module, inputs, in_dtype):
+def forward(module: nn.Module, inputs: Tensor, in_dtype: Callable) -> None:
     with torch.inference_mode(), in_dtype():
         module(inputs)
 
 
-def function_of(row, name, model, batch, args, fast=True):
-    """What a row times of a yardstick: function(). Not `fast`, it runs operator by operator."""
-    noisy, clean = batch
-    in_dtype = partial(autocast, noisy.device, args.dtype)
-    fast = fast and name != "straightforward"
+def function_of(
+    row: str, name: str, model: SmallViT, batch: tuple[Tensor, Tensor], effort: Effort
+) -> Callable[[], None]:
+    """What a row times of a yardstick; all but the straightforward one is compiled and replayed as
+    a training does it.
+    """
+    images, fast = batch[0], name != "straightforward"
+    in_dtype = partial(cli.autocast, images.device, effort.dtype)
     model.train(not row.startswith("inference"))
     if row.startswith("layer"):
-        passes = both_passes if row.endswith("backward") else forward_pass
-        return partial(passes, model.blocks[0].attention, tokens_of(model, noisy), in_dtype)
+        run = large.forward_backward if row.endswith("backward") else forward
+        return partial(run, model.blocks[0].attention, large.tokens_of(model, images), in_dtype)
+    fast_model = compiled(model) if fast and effort.compile else model
     if row == "training step":
-        return partial(make_step(name, model, noisy, clean, args, fast), noisy, clean)
-    passes = ReplayedModel(compiled(model) if args.compile else model) if fast else model
-    function = partial(forward_pass, passes, noisy, in_dtype)
+        recipe = replace(RECIPES.get(name, RECIPES["published"]), dtype=effort.dtype)
+        optimizer = make_optimizer(model, recipe.optimizer, 1e-4, recipe.weight_decay)
+        step = partial(training_step, fast_model, optimizer, recipe=recipe, capacity=model.capacity)
+        return partial(recorded(replayed(step, optimizer), batch) if fast else step, *batch)
+    function = partial(forward, ReplayedModel(fast_model) if fast else model, images, in_dtype)
     function()  # a pass is recorded when it comes again
     return function
 
 
-def make_step(name, model, noisy, clean, args, fast):
-    """The training step of a yardstick, `fast` as training takes it: compiled and replayed.
+def recorded(step: Callable, batch: tuple[Tensor, Tensor]) -> Callable:
+    """The step, after those in which it is recorded where it can be.
 
     Raises:
-        UserError: it could not be recorded.
+        UserError: it should have been and was not.
     """
-    recipe = replace(RECIPES.get(name, RECIPES["published"]), dtype=args.dtype)
-    optimizer = make_optimizer(model, recipe.optimizer, 1e-4, recipe.weight_decay)
-    step = partial(training_step, recipe=recipe, capacity=model.capacity)
-    if not fast:
-        return partial(step, model, optimizer)
-    step = replayed(partial(step, compiled(model) if args.compile else model, optimizer), optimizer)
     if isinstance(step, ReplayedStep):
         for _ in range(WARM_UP_STEPS + 1):
-            step(noisy, clean)
+            step(*batch)
         if not step.graph:
             raise UserError("there is no replayed step to time; drop this row from --rows")
     return step
 
 
-def measure(row, models, train_set, eval_set, effort, args):
+def measure(
+    row: str,
+    models: dict[str, SmallViT],
+    train_set: NoisyImageDataset,
+    eval_set: NoisyImageDataset,
+    effort: Effort,
+) -> dict:
     """Times one row and prints it; returns its figures."""
-    device, names, share = train_set.device, list(models), "–"
+    device, names = train_set.device, list(models)
     batch_size = 1000 if row.endswith("1,000 images") else effort.batch_size
-    batch = next(train_set.shuffled_batches(batch_size, args.seed, epoch=1))[:2]
+    batch = next(training_batches(train_set, batch_size, effort.seed, epoch=1))[:2]
     images = len(eval_set) if row == "evaluation" else len(batch[0])
     if row == "evaluation" or (images >= 1000 and device.type == "cpu"):
         names.remove("straightforward")  # takes minutes, and inference has a row of its own
     if row == "evaluation":
         functions = {name: partial(evaluate, models[name], eval_set) for name in names}
     else:
-        functions = {name: function_of(row, name, models[name], batch, args) for name in names}
-    # The device's limits take turns with the models: they drift as well.
-    limits, amounts = limits_of(device, getattr(torch, args.dtype))
-    seconds = alternate(functions | limits, effort.rounds, effort.seconds, device)
-    rates = {name: amounts[name] / seconds.pop(name) for name in limits}
-    result = {"row": row, "images": images, "seconds": seconds, "rates": rates}
+        functions = {name: function_of(row, name, models[name], batch, effort) for name in names}
+    seconds = alternate(functions, effort.rounds, effort.seconds, device)
+    result = {"row": row, "images": images, "seconds": seconds}
     result["images_per_second"] = images / seconds["this"]
+    cells = [f"{1e3 * seconds[n]:.1f}" if n in seconds else "–" for n in models]
     if "straightforward" in seconds:
         result["times_faster"] = seconds["straightforward"] / seconds["this"]
-    if row != "evaluation":  # most of which is scikit-image
-        work = work_of(function_of(row, "this", models["this"], batch, args, fast=False))
-        parts = {name: work[name] / rates[name] / seconds["this"] for name in work}
-        limit = max(parts, key=parts.get)
-        share = f"{parts[limit]:.0%} ({limit})"
-        result |= {"work": work, "part_of_limit": parts[limit], "limit": limit}
-    cells = [f"{1e3 * seconds[n]:.1f}" if n in seconds else "–" for n in models]
     cells.append(f"{result['times_faster']:.1f}" if "times_faster" in result else "–")
-    print_row(f"{row} ({images:,} images)", *cells, f"{result['images_per_second']:,.0f}", share)
+    print_row(f"{row} ({images:,} images)", *cells, f"{result['images_per_second']:,.0f}")
     return result
-
-
-def work_of(function):
-    """{"matrix": FLOPs, "memory": bytes} of a function that runs operator by operator."""
-    used, topk_attention.USE_KERNEL = topk_attention.USE_KERNEL, False  # no counter sees into it
-    try:
-        return {"matrix": count_flops(function), "memory": count_bytes(function)}
-    finally:
-        topk_attention.USE_KERNEL = used
 
 
 # Time to the published quality ---------------------------------------------------------------
 
 
-def measure_training(recipe, splits, effort, args):
+def measure_training(recipe: Recipe, splits: tuple, effort: Effort) -> dict:
     """Trains by the quick recipe, as the training script does, and tests; returns the figures.
 
     Beside it, the time that the straightforward implementation would take for the published recipe:
@@ -181,29 +162,27 @@ def measure_training(recipe, splits, effort, args):
     """
     train_set, val_set, test_set = splits
     device, published = train_set.device, RECIPES["published"]
-    if args.quick:
-        few = effort.evaluation_images
-        val_set, test_set = (
-            split.at(split.degradation.noise_range, few) for split in (val_set, test_set)
-        )
+    if not effort.verdict:
+        sigma, few = test_set.degradation.noise_level, effort.evaluation_images
+        val_set, test_set = val_set.at(sigma, few), test_set.at(sigma, few)
     torch.manual_seed(recipe.seed)
     model = SmallViT(MODELS[recipe.model]).to(device)
-    fast = compiled(model) if args.compile else None
+    fast = compiled(model) if effort.compile else None
     state = train(model, train_set, val_set, recipe.of_steps(train_set), fast=fast)
     model.load_state_dict(state["best"]["model"])
     seconds = state["history"][-1]["seconds"]
     psnr = evaluate(model, test_set).summary()["psnr_mean"]
 
-    batch = next(train_set.shuffled_batches(published.batch_size, args.seed, epoch=1))[:2]
+    batch = next(training_batches(train_set, published.batch_size, effort.seed, epoch=1))[:2]
     slow = make_yardsticks(device, ["straightforward"])["straightforward"]
-    functions = {"step": function_of("training step", "straightforward", slow, batch, args)}
+    functions = {"step": function_of("training step", "straightforward", slow, batch, effort)}
     step = alternate(functions, effort.straightforward_steps, math.inf, device)["step"]
     steps = published.epochs * train_set.steps_per_epoch(published.batch_size)
 
     result = {"steps": recipe.steps, "seconds": seconds, "psnr": psnr}
     result |= {"straightforward_steps": steps, "straightforward_step_seconds": step}
     verdict, ratio = "no verdict: cut short", "–"
-    if not args.quick:
+    if effort.verdict:
         result |= {"passed": psnr >= PUBLISHED_PSNR, "times_faster": steps * step / seconds}
         verdict, ratio = "yes" if result["passed"] else "no", f"{result['times_faster']:,.0f}"
     print_head(
@@ -221,14 +200,15 @@ def measure_training(recipe, splits, effort, args):
 
 
 def parse_args():
-    parser = make_parser(
+    parser = cli.make_parser(
         "Times this implementation side by side with the straightforward one, with dense "
         "attention and with other models. On a CUDA device training steps are replayed as in "
         "training, except for the straightforward one.",
         "python benchmark.py --dataset photos --quick",
-        *("dataset", "data-dir", "seed", "device", "threads", "dtype", "compile"),
-        "lossless-share",
     )
+    cli.add_data(parser)
+    cli.add_fields(parser.add_argument_group("training"), Recipe, ("lossless_share", "seed"))
+    cli.add_computation(parser, dtype=True, compile=True)
     group = parser.add_argument_group("benchmark")
     group.add_argument(
         "--rows",
@@ -245,15 +225,16 @@ def parse_args():
         help="2 rounds, fewer images and tiles, at most 1,024 tokens, 4 steps of training without "
         "a verdict: a minute or two (default: no)",
     )
-    add_output(parser, "benchmark_results.json", "figures to write, in place of earlier ones")
+    cli.add_output(parser, "benchmark_results.json", "figures to write, in place of earlier ones")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     check_writable(args.output)
-    device = select_device(args.device, args.threads)
-    effort = QUICK if args.quick else Effort()
+    device = cli.select_device(args.device, args.threads)
+    how = {"dtype": args.dtype, "compile": args.compile, "seed": args.seed}
+    effort = replace(QUICK if args.quick else Effort(), **how)
     source = load_images(args.dataset, args.data_dir, args.seed)
     recipe = replace(RECIPES["quick"], seed=args.seed, dtype=args.dtype)
     recipe = replace(recipe, lossless_share=args.lossless_share, steps=effort.training_steps)
@@ -264,8 +245,6 @@ def main():
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "dtype": args.dtype,
-        "compile": args.compile,
         "dataset": source.name,
         "lossless_share": args.lossless_share,
         **asdict(effort),
@@ -276,24 +255,21 @@ def main():
     results = {"machine": machine, "rows": []}
     rows = [row for row in args.rows if row in SIDE_BY_SIDE]
     if rows:
-        models = make_yardsticks(device)
+        models = make_yardsticks(device, YARDSTICKS)
         eval_indices = torch.arange(effort.evaluation_images) % len(test_set)
         eval_set = NoisyImageDataset(test_set.split[eval_indices])
-        columns = ("times faster", "this, images/s", "part of the limit")
-        print_head("row", *(f"{name} (ms)" for name in models), *columns)
+        print_head("row", *(f"{n} (ms)" for n in models), "times faster", "this, images/s")
     for row in rows:
-        results["rows"].append(measure(row, models, train_set, eval_set, effort, args))
-    how = (effort, device, args.dtype)
+        results["rows"].append(measure(row, models, train_set, eval_set, effort))
     if "tokens" in args.rows:
-        images = next(train_set.shuffled_batches(256, args.seed, epoch=1))[0]
-        results["tokens"] = measure_tokens(images, *how)
+        images = next(training_batches(train_set, 256, effort.seed, epoch=1))[0]
+        results["tokens"] = large.measure_tokens(images, effort, device)
     if "photograph" in args.rows:
-        results["photograph"] = measure_photograph(*how)
+        results["photograph"] = large.measure_photograph(effort, device)
     if "tiles" in args.rows:
-        results["tiles"] = measure_tiles(*how)
+        results["tiles"] = large.measure_tiles(effort, device)
     if TRAINING in args.rows:
-        splits = (train_set, val_set, test_set)
-        results["training"] = measure_training(recipe, splits, effort, args)
+        results["training"] = measure_training(recipe, (train_set, val_set, test_set), effort)
     write_text(json.dumps(results, indent=2) + "\n", args.output)
     print(f"\nwrote {args.output}")
     return 0

@@ -9,27 +9,27 @@ Exit code 1 when a figure of the checkpoint is not reproduced.
 import math
 
 from common.user_errors import UserError, run_main
+from experiment import command_line as cli
 from experiment.checkpoints import TEST
-from experiment.command_line import make_parser
-from experiment.evaluation import evaluate, result_line, validation_batches, validation_mse
-from experiment.trained_model import load_for_evaluation
-from small_vit import build_model
+from experiment.evaluation import evaluate, validation_batches, validation_mse
+from experiment.reports import result_line
+from experiment.trained_model import images_for
+from small_vit import load_model
 
 # On the machine of the training the figures repeat exactly. Elsewhere, sums in another order can
 # exchange two almost equal keys at the edge of the top-k.
 TOLERANCES = {"psnr": 0.01, "ssim": 0.0005, "mse": 2e-5, "utilisation": 0.001}
 
 
-def flat(figures):
+def flat(figures: dict) -> dict:
     """The figures of an evaluation's summary, with one of its own for every expert."""
     figures = dict(figures)
     for block, load in enumerate(figures.pop("utilisation"), 1):
-        names = (f"utilisation {block}.{expert}" for expert in range(1, len(load) + 1))
-        figures |= dict(zip(names, load, strict=True))
+        figures |= {f"utilisation {block}.{expert}": share for expert, share in enumerate(load, 1)}
     return figures
 
 
-def compare(stored, measured):
+def compare(stored: dict, measured: dict) -> list[tuple[str, float, float, bool]]:
     """Rows (name, stored, measured, agrees) for every figure of one of two summaries."""
     rows, stored, measured = [], flat(stored), flat(measured)
     for name in {**stored, **measured}:
@@ -41,28 +41,31 @@ def compare(stored, measured):
 
 
 def main():
-    parser = make_parser(
+    parser = cli.make_parser(
         "Repeats the evaluation of a checkpoint on the whole test set and on the validation set, "
         "and exits with 1 when the figures stored in the checkpoint are not reproduced.",
         "python debug_evaluation.py --checkpoint photos.pt",
-        *("checkpoint", "dataset", "data-dir", "device", "threads"),
     )
+    cli.add_checkpoint(parser)
+    cli.add_data(parser, of_model=True)
+    cli.add_computation(parser)
     args = parser.parse_args()
-    args.noise_level = None  # the one of the training: other figures are not stored
-    checkpoint, model, source, splits = load_for_evaluation(args, build_model, same_images=True)
-    recipe = checkpoint["recipe"]
+    device = cli.select_device(args.device, args.threads)
+    model = load_model(args.checkpoint).to(device)
+    checkpoint = model.trained.checkpoint
+    print(model.described())
     if "test" not in checkpoint:
-        raise UserError(
-            f"{args.checkpoint} holds no test figures, its training did not end; "
-            "finish it with denoising_experiment_proper.py --resume"
-        )
-    _, val_set, test_set = splits
+        advice = "finish it with denoising_experiment_proper.py --resume"
+        words = "holds no test figures, its training did not end"
+        raise UserError(f"{args.checkpoint} {words}; {advice}")
+    images = images_for(model.trained, args.dataset, args.data_dir, same_images=True)
+    source, (_, val_set, test_set) = images
     result = evaluate(model, test_set)
-    validation = validation_batches(val_set, next(model.parameters()).device)
-    stored = {"val images": recipe["val_images"], "val_mse": checkpoint["val_mse"]}
-    measured = {"val images": len(val_set), "val_mse": validation_mse(model, validation)}
-    tested = {name: checkpoint["test"][name] for name in TEST}
-    rows = compare(stored | tested, measured | result.summary())
+    val_mse = validation_mse(model, validation_batches(val_set, device))
+    stored = {"val images": checkpoint["recipe"]["val_images"], "val_mse": checkpoint["val_mse"]}
+    stored |= {name: checkpoint["test"][name] for name in TEST}
+    measured = {"val images": len(val_set), "val_mse": val_mse, **result.summary()}
+    rows = compare(stored, measured)
     print(f"\n{'figure':<18}{'stored':>12}{'measured':>12}")
     for name, before, now, agrees in rows:
         print(f"{name:<18}{before:>12.6g}{now:>12.6g}{'' if agrees else '   DISAGREES'}")

@@ -13,37 +13,38 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from common.safe_files import place_of, write_figure
+from common.options import Number
+from common.safe_files import file_to_write, write_figure
 from common.user_errors import UserError, printable, reason, run_main
-from experiment.checkpoints import read_checkpoint
-from experiment.command_line import SHIPPED, make_parser, number, select_device
+from experiment import command_line as cli
 from experiment.cuda_graphs import ReplayedModel
 from experiment.tiling import (
     LEAST_PROBE,
     OVERLAP,
     PROBE,
     TILE,
+    center_crop,
     denoise,
     estimate_noise,
-    middle,
 )
-from images.degradations import degradation_in
 from images.photo_files import FORMATS, WRITTEN, check_format, read_photo, write_photo
-from small_vit import build_model
+from small_vit import SmallViT, load_model
 
 NOTICEABLE = 0.02  # σ of noise that is told of where most of it stays
 SUFFIX, COMPARED = "_denoised", "_compare"  # ends of the names that are written
 
 
-def find_images(names):
+def find_images(names: Iterable[str]) -> list[Path]:
     """Paths of the images that file names, folders and wildcards stand for, in their order.
 
     Raises:
@@ -67,11 +68,14 @@ def find_images(names):
     return list(found)
 
 
-def comparison_of(output):
+def comparison_of(output: Path) -> Path:
+    """The picture of before and after that belongs to an output."""
     return output.with_name(f"{output.stem}{COMPARED}.png")
 
 
-def choose_outputs(paths, output, overwrite, compare=False):
+def choose_outputs(
+    paths: list[Path], output: str | None, overwrite: bool, compare: bool = False
+) -> dict[Path, Path]:
     """{input: output}; by default the input's name with _denoised.png, beside it.
 
     Raises:
@@ -108,13 +112,13 @@ def choose_outputs(paths, output, overwrite, compare=False):
         except OSError as error:
             raise UserError(f"cannot write to {output}: {error.strerror}; name another") from None
     for file in written.values():
-        place_of(file)
+        file_to_write(file)
     return chosen
 
 
-def draw_comparison(before, after, name):
+def draw_comparison(before: np.ndarray, after: np.ndarray, name: str) -> Figure:
     """Figure: before | after | what was removed, four times as strong; the middle of the image."""
-    before, after = (middle(a) / np.float32(np.iinfo(a.dtype).max) for a in (before, after))
+    before, after = (center_crop(a) / np.float32(np.iinfo(a.dtype).max) for a in (before, after))
     removed = np.clip(0.5 + 4 * (before - after), 0, 1)
     height, width = before.shape[:2]
     scale = max(1, min(300 / width, PROBE / height))  # of a pixel, in hundredths of an inch
@@ -127,18 +131,30 @@ def draw_comparison(before, after, name):
     return figure
 
 
-def denoise_file(path, output, model, args):
-    """Denoises one file and prints its line."""
+def denoise_file(
+    path: Path,
+    output: Path,
+    model: ReplayedModel,
+    tile: int = TILE,
+    dtype: str = "float32",
+    strength: float = 1.0,
+    compare: bool = False,
+) -> None:
+    """Denoises one file and prints its line; `compare` draws before and after as well.
+
+    Raises:
+        Exception: of any kind: it cannot be read, or not be written.
+    """
     started = time.perf_counter()
     try:
         photo = read_photo(path)
     except (MemoryError, RuntimeError) as error:  # the decoder's, which end no other file
         raise ValueError(reason(error)) from None
     check_format(photo, output)  # before minutes go by
-    pixels = denoise(model, photo.pixels, args.tile, dtype=args.dtype, strength=args.strength)
+    pixels = denoise(model, photo.pixels, tile, dtype=dtype, strength=strength)
     write_photo(replace(photo, pixels=pixels), output)
     seconds = time.perf_counter() - started
-    if args.compare:
+    if compare:
         figure = draw_comparison(photo.pixels, pixels, path.name)
         write_figure(figure, comparison_of(output), dpi=100)
     height, width = pixels.shape[:2]
@@ -146,54 +162,54 @@ def denoise_file(path, output, model, args):
     known = min(height, width) >= LEAST_PROBE
     noise = f"noise {before:.4f} → {after:.4f}" if known else "too small to estimate its noise"
     line = f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"
-    if before > NOTICEABLE and after > before / 2 and args.strength == 1:
+    if before > NOTICEABLE and after > before / 2 and strength == 1:
         line += "  (most of it stays: the model does not know noise of this kind)"
     tqdm.write(printable(line))
 
 
-def read_model(path, device):
-    """The photograph model of a checkpoint.
+def photograph_model(path: str) -> SmallViT:
+    """A model that removes noise from photographs.
 
     Raises:
-        UserError: it cannot be had, or was not trained on photographs.
+        UserError: it cannot be had, or was trained for something else.
     """
-    checkpoint = read_checkpoint(path)
-    degradation = degradation_in(checkpoint["recipe"])
-    if degradation.task != "denoise":
-        raise UserError(f"{path} was trained for {degradation}, not for noise")
-    if not checkpoint["recipe"].get("crop"):
+    model = load_model(path)
+    recipe = model.trained.recipe
+    if recipe.degradation.task != "denoise":
+        raise UserError(f"{path} was trained for {recipe.degradation}, not for noise")
+    if not recipe.crop:
         raise UserError(
             f"{path} was trained on thumbnails; name a model for photographs, as "
             "denoising_experiment_proper.py --recipe photographs trains it"
         )
-    return build_model(checkpoint, path).to(device)
+    return model
 
 
 def parse_args():
-    parser = make_parser(
+    parser = cli.make_parser(
         "Removes noise from photographs of any size and kind: grey, alpha and the 16 bits of PNG "
         "and TIFF stay as they are, colour profiles are kept, EXIF orientation is applied. Of "
         "several frames or pages it takes the first.",
         "python denoise_image.py holiday/*.jpg --output clean/",
-        *("checkpoint", "device", "threads", "dtype"),
     )
-    parser.set_defaults(checkpoint=str(SHIPPED / "photo.pt"))
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or wildcards")
+    cli.add_checkpoint(parser, cli.SHIPPED / "photo.pt")
+    cli.add_computation(parser, dtype=True)
     group = parser.add_argument_group("output")
     group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")
-    group.add_argument("--overwrite", action="store_true", help="replace what is there already")
-    group.add_argument(
-        "--compare", action="store_true", help="draw before, after and what was removed as well"
-    )
+    what = "replace what is there already (default: no)"
+    group.add_argument("--overwrite", action="store_true", help=what)
+    what = "draw before, after and what was removed as well (default: no)"
+    group.add_argument("--compare", action="store_true", help=what)
     group.add_argument(
         "--strength",
-        type=number(float, 0, most=1),
+        type=Number(float, most=1),
         default=1.0,
         help="part of the noise to remove, 0 to 1 (default: 1)",
     )
     group.add_argument(
         "--tile",
-        type=number(int, 2 * OVERLAP),
+        type=Number(int, 2 * OVERLAP),
         default=TILE,
         metavar="PIXELS",
         help=f"side of the tiles of large images, at least twice their overlap of {OVERLAP}: "
@@ -205,11 +221,12 @@ def parse_args():
 def main():
     args = parse_args()
     outputs = choose_outputs(find_images(args.images), args.output, args.overwrite, args.compare)
-    model = ReplayedModel(read_model(args.checkpoint, select_device(args.device, args.threads)))
+    device = cli.select_device(args.device, args.threads)
+    model = ReplayedModel(photograph_model(args.checkpoint).to(device))
     failed = []
     for path, output in tqdm(outputs.items(), "images", unit="img", leave=False, disable=None):
         try:
-            denoise_file(path, output, model, args)
+            denoise_file(path, output, model, args.tile, args.dtype, args.strength, args.compare)
         except (MemoryError, RuntimeError):
             raise
         except Exception as error:

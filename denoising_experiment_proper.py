@@ -9,59 +9,48 @@ Read it from top to bottom: the recipe, a training step, the loop, the experimen
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adaptive_attention_moe import load_balancing_loss
 from common.safe_files import locked, write_figure
-from common.user_errors import UserError, run_main
+from common.user_errors import run_main
+from experiment import command_line as cli
 from experiment.checkpoints import (
     check_finite,
-    listed,
     read_run,
     restore_optimizer,
     save_run,
     write_checkpoint,
 )
-from experiment.command_line import (
-    PUBLISHED_CHECKPOINT,
-    add_output,
-    autocast,
-    make_parser,
-    select_device,
-)
 from experiment.cuda_graphs import ReplayedModel, compiled, replayed
 from experiment.data_parallel import (
     check_shares,
     joined,
-    my_batches,
     rank,
+    share_of,
     sum_over_processes,
     wait_if,
     world_size,
 )
-from experiment.evaluation import (
-    draw_history,
-    epoch_line,
-    evaluate,
-    result_line,
-    results_box,
-    validation_batches,
-    validation_mse,
-)
+from experiment.evaluation import evaluate, validation_batches, validation_mse
 from experiment.losses import LOSSES
 from experiment.muon import make_optimizer
+from experiment.recipe import Recipe, changed
+from experiment.reports import draw_history, epoch_line, result_line, results_box
 from experiment.run_files import RunFiles
-from images.degradations import OPTIONS_OF, check_options, degradation_in
-from images.image_sources import SIZE, load_images
-from images.noisy_images import NoisyImageDataset, noisy_splits
+from images.degradations import GaussianNoise
+from images.image_sources import load_images
+from images.noisy_images import NoisyImageDataset
+from images.training_batches import with_progress
 from small_vit import MODELS, SmallViT, build_model, count_parameters, load_model, load_weights
 
 # What the original kept in this script stays importable from it.
@@ -71,62 +60,7 @@ CLIP_NORM = 1.0
 WARM_UP = 0.1  # part of all steps
 CAPACITIES = (1.0, 0.5, 0.25, 0.125)  # of a model with a capacity; steps take them in turn
 
-# The recipe ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the result of a training besides the images; the defaults are as published."""
-
-    task: str = "denoise"  # or "super-resolution", "inpaint", "jpeg", see degradations.py
-    scale: int = 2  # of super-resolution
-    holes: tuple = (0.1, 0.4)  # (low, high) of the share of pixels that inpainting restores
-    quality: tuple = (10, 40)  # (least, most) of the JPEG files whose artefacts are removed
-    model: str = "published"  # of MODELS
-    init: str | None = None  # checkpoint whose weights training starts from; None: random ones
-    batch_size: int = 64  # images per step, of all processes together
-    steps: int | None = None  # of the training; the epochs are then as many as they take
-    epochs: int = 30
-    # Of the learning rate: "epoch", a cosine to 0 that falls once per epoch, as published, or
-    # "step", WARM_UP of all steps upwards and then straight down to 0, a little in every step.
-    schedule: str = "epoch"
-    optimizer: str = "adamw"  # or "muon"
-    lr: float = 1e-3  # at the start
-    weight_decay: float = 1e-4  # decoupled; of all parameters by adamw, of matrices alone by muon
-    loss: str = "mse"  # of losses.LOSSES
-    crop: int | None = None  # side of the random crops of each step, pixels; None: whole images
-    flip: bool = False  # mirror each training image left to right with probability 1/2
-    transpose: bool = False  # upside down and axes swapped, each with probability 1/2
-    balance_weight: float = 0.01  # of the load-balancing loss of each block
-    noise_level: tuple = (0.2, 0.2)  # (low, high) of σ; equal for one σ
-    noise_map: str = "uniform"  # or how σ differs over an image, see degradations.sigma_map
-    unclipped: bool = False  # noisy images are left outside [0, 1], as the field's benchmarks do
-    jpeg_share: float = 0.0  # part of the noisy images that have been JPEG files
-    # Part of the training samples that are drawn from losslessly stored images, which alone then
-    # serve for validation; None treats all images alike.
-    lossless_share: float | None = None
-    seed: int = 42  # of initialisation, split, data order and training noise
-    dtype: str = "float32"  # of matrix products, or "bfloat16"
-
-    def of_steps(self, train_set):
-        """The same with the epochs that its steps take, if it has any."""
-        epochs = self.steps and math.ceil(self.steps / train_set.steps_per_epoch(self.batch_size))
-        return replace(self, epochs=epochs or self.epochs)
-
-    def splits(self, source):
-        """(train, val, test) NoisyImageDatasets of an image source."""
-        side, degradation = self.crop or SIZE, degradation_in(asdict(self))
-        if side % degradation.multiple:
-            raise UserError(
-                f"--scale {self.scale} does not divide the {side} pixels of a training image; "
-                "give a --crop that it divides"
-            )
-        return noisy_splits(source, degradation, self.lossless_share)
-
-    def as_dict(self):
-        """Plain values that torch.save and JSON give back as they were."""
-        return listed(asdict(self))
-
+# The recipes ---------------------------------------------------------------------------------
 
 RECIPES = {
     "published": Recipe(),
@@ -143,8 +77,7 @@ RECIPES["routed"] = replace(
     RECIPES["quick"],
     model="routed",
     steps=20_000,
-    noise_level=(0.05, 0.4),
-    noise_map="regions",
+    degradation=GaussianNoise((0.05, 0.4), noise_map="regions"),
     balance_weight=2e-4,
 )
 # Blind to the noise's level, for whole photographs and the field's benchmarks.
@@ -155,33 +88,21 @@ RECIPES["photographs"] = replace(
     batch_size=16,
     crop=96,
     transpose=True,
-    noise_level=(0.01, 0.3),
-    unclipped=True,
+    degradation=GaussianNoise((0.01, 0.3), unclipped=True),
 )
-
-
-def recipe_of(args):
-    """The Recipe that a command line asks for, or a UserError."""
-    given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if "epochs" in changes:
-        if "steps" in changes:
-            raise UserError("--epochs and --steps both say how long to train; name one of them")
-        changes["steps"] = None
-    elif "steps" in changes:  # may be less than an epoch, in which nothing would fall
-        changes["schedule"] = "step"
-    recipe = replace(RECIPES[args.recipe], **changes)
-    check_options(recipe.task, changes)
-    if recipe.task != "denoise":  # nor do other tasks have the noise of the recipe
-        plain = {name: getattr(Recipe, name) for name in OPTIONS_OF["denoise"]}
-        recipe = replace(recipe, **plain)
-    return recipe
 
 
 # A step --------------------------------------------------------------------------------------
 
 
-def training_step(model, optimizer, noisy, clean, recipe, capacity=None):
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    noisy: Tensor,
+    clean: Tensor,
+    recipe: Recipe,
+    capacity: float | None = None,
+) -> Tensor:
     """One step on a batch: loss + balance_weight · Σ over blocks of the load-balancing loss.
 
     Args:
@@ -189,13 +110,13 @@ def training_step(model, optimizer, noisy, clean, recipe, capacity=None):
         optimizer: of its parameters.
         noisy, clean: [B, in_channels, h, w] and [B, 3, h, w] on the model's device.
         recipe: its loss, balance_weight and dtype count. bfloat16 runs matrix products under
-            autocast; weights, tokens and losses stay in float32.
+            cli.autocast; weights, tokens and losses stay in float32.
         capacity: that which the model has, None if it has none.
 
     Returns:
         float32 [2] on the model's device: mean squared error and sum of the load-balancing losses.
     """
-    with autocast(noisy.device, recipe.dtype):
+    with cli.autocast(noisy.device, recipe.dtype):
         restored, routings = model(noisy)  # [B, 3, h, w], blocks times [B, N, E]
     objective, mse = (f(restored.float(), clean) for f in (LOSSES[recipe.loss], F.mse_loss))
     balances = [load_balancing_loss(routing.float(), capacity) for routing in routings]
@@ -207,18 +128,55 @@ def training_step(model, optimizer, noisy, clean, recipe, capacity=None):
     return torch.stack([mse, balance]).detach()
 
 
+def make_step(
+    model: nn.Module, fast: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """The step of a training: function(number of the step, noisy, clean) -> as training_step.
+
+    A model with a capacity takes those of CAPACITIES in turn, and keeps the last.
+
+    Args:
+        model: denoiser; takes what is not of the full size, an epoch's last batch.
+        fast: the same, compiled or for several processes, whose steps are replayed where they can.
+        optimizer: of its parameters.
+        recipe: as of training_step.
+    """
+    capacities = CAPACITIES if getattr(model, "capacity", None) else (None,)
+    takes = [partial(training_step, recipe=recipe, capacity=share) for share in capacities]
+    fast_takes = [replayed(partial(take, fast, optimizer), optimizer) for take in takes]
+    full_size = recipe.batch_size // world_size()
+
+    def step(number: int, noisy: Tensor, clean: Tensor) -> Tensor:
+        turn = number % len(capacities)
+        if capacities[turn]:
+            model.capacity = capacities[turn]
+        if len(clean) == full_size:
+            return fast_takes[turn](noisy, clean)
+        return takes[turn](model, optimizer, noisy, clean)
+
+    return step
+
+
 # The loop ------------------------------------------------------------------------------------
 
 
-def train(model, train_set, val_set, recipe, files=None, about=None, state=None, fast=None):
+def train(
+    model: nn.Module,
+    train_set: NoisyImageDataset,
+    val_set: NoisyImageDataset,
+    recipe: Recipe,
+    files: RunFiles | None = None,
+    about: dict | None = None,
+    state: dict | None = None,
+    fast: nn.Module | None = None,
+) -> dict:
     """Trains until recipe.epochs are done; the best epoch is that of the lowest validation MSE.
 
     Args:
         model: denoiser on the device of train_set.
-        train_set, val_set: NoisyImageDataset.
-        recipe: Recipe, with the epochs that its steps take.
-        files: RunFiles to write after every epoch; None writes nothing.
-        about: dict of what the checkpoint says besides weights, epoch and validation MSE.
+        recipe: with the epochs that its steps take.
+        files: to write after every epoch; None writes nothing.
+        about: what the checkpoint says besides weights, epoch and validation MSE.
         state: what an earlier run returned, or left in files.resume, to go on from.
         fast: what torch.compile made of the model, for batches of the full size.
 
@@ -240,34 +198,34 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
         if files:
             save_run(state, files)  # a run may have been killed between two of its files
 
-    # The step, parallel and replayed where it can be; a smaller last batch is left as it is
-    whole, device = recipe.batch_size // world_size(), train_set.device
+    # The step, in parallel and replayed where it can be
     fast = model if fast is None else fast
     fast = DistributedDataParallel(fast) if world_size() > 1 else fast
-    capacity = getattr(model, "capacity", None)
-    steps, odd_steps = {}, {}
-    for share in CAPACITIES if capacity else [None]:
-        step = partial(training_step, recipe=recipe, capacity=share)
-        steps[share] = replayed(partial(step, fast, optimizer), optimizer)
-        odd_steps[share] = partial(step, model, optimizer)
+    step = make_step(model, fast, optimizer, recipe)
+    capacity, device = getattr(model, "capacity", None), train_set.device
+    steps_per_epoch = train_set.steps_per_epoch(recipe.batch_size)
 
-    validation, passes = validation_batches(val_set, device), ReplayedModel(model)
+    validation, replayed_model = validation_batches(val_set, device), ReplayedModel(model)
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         # One pass over the images; losses are summed where they arise
         model.train()
         started, sums, images = time.perf_counter(), torch.zeros(2, device=device), 0
-        for number, (noisy, clean, _) in my_batches(train_set, recipe, epoch, sums):
-            lr = set_learning_rate(optimizer, recipe, number, train_set)
-            model.capacity = list(steps)[number % len(steps)]
-            take = (steps if len(clean) == whole else odd_steps)[model.capacity]
-            sums += len(clean) * take(noisy, clean)
+        first = (epoch - 1) * steps_per_epoch
+        count = min(steps_per_epoch, (recipe.steps or math.inf) - first)
+        batches = share_of(recipe.batches(train_set, epoch), recipe.batch_size)
+        title = f"epoch {epoch}/{recipe.epochs}"
+        for number, batch in with_progress(batches, sums, title, first, count, rank() > 0):
+            noisy, clean, _ = batch
+            lr = set_learning_rate(optimizer, recipe, number, steps_per_epoch)
+            sums += len(clean) * step(number, noisy, clean)
             images += len(clean) * world_size()
         train_mse, balance = (sum_over_processes(sums) / images).tolist()
         seconds = time.perf_counter() - started + (history[-1]["seconds"] if history else 0)
 
         # Validation; the best epoch is kept
-        model.capacity = capacity
-        val_mse = validation_mse(passes, validation)
+        if capacity:
+            model.capacity = capacity
+        val_mse = validation_mse(replayed_model, validation)
         row = {"epoch": epoch, "train_mse": train_mse, "val_mse": val_mse, "balance_loss": balance}
         check_finite(row, best, files)
         history.append(row | {"lr": lr, "seconds": seconds})
@@ -284,13 +242,14 @@ def train(model, train_set, val_set, recipe, files=None, about=None, state=None,
     return state
 
 
-def set_learning_rate(optimizer, recipe, step, train_set):
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps_per_epoch: int
+) -> float:
     """Sets and returns that of a step, counted from 0: see Recipe.schedule."""
-    per_epoch = train_set.steps_per_epoch(recipe.batch_size)
     if recipe.schedule == "epoch":
-        lr = recipe.lr * (1 + math.cos(math.pi * (step // per_epoch) / recipe.epochs)) / 2
+        lr = recipe.lr * (1 + math.cos(math.pi * (step // steps_per_epoch) / recipe.epochs)) / 2
     else:
-        total = recipe.steps or recipe.epochs * per_epoch
+        total = recipe.steps or recipe.epochs * steps_per_epoch
         up, down = (step + 1) / (WARM_UP * total), (total - step) / ((1 - WARM_UP) * total)
         lr = recipe.lr * min(1, up, down)
     for group in optimizer.param_groups:
@@ -302,17 +261,17 @@ def set_learning_rate(optimizer, recipe, step, train_set):
 
 
 def parse_args():
-    parser = make_parser(
+    parser = cli.make_parser(
         "Trains SmallViT to remove noise or to restore images, keeps its best epoch by validation "
         "loss and tests it. Writes FILE after every epoch, and beside it FILE's name with "
         "_history.csv, _curve.png and, until the run is complete, _resume.pt.",
         "python denoising_experiment_proper.py --dataset photos --recipe refined --epochs 6",
-        *("dataset", "data-dir", "noise-level", "noise-map", "seed"),
-        *("init", "task", "scale", "holes", "quality", "device", "threads", "dtype", "compile"),
-        recipe=RECIPES,
-        model=MODELS,
+        RECIPES,
     )
-    group = add_output(parser, PUBLISHED_CHECKPOINT, "checkpoint to write")
+    cli.add_data(parser)
+    cli.add_recipe(parser, RECIPES, model=MODELS, loss=LOSSES)
+    cli.add_computation(parser, compile=True)
+    group = cli.add_output(parser, cli.PUBLISHED_CHECKPOINT, "checkpoint to write")
     group.add_argument(
         "--resume",
         action="store_true",
@@ -325,12 +284,12 @@ def main():
     args = parse_args()
     files = RunFiles(Path(args.output))
     with (
-        joined(select_device(args.device, args.threads)) as device,
+        joined(cli.select_device(args.device, args.threads)) as device,
         locked(files.all) if rank() == 0 else nullcontext(),
     ):
         files.saved = args.resume and os.path.exists(files.resume)
         try:
-            return run_experiment(args, recipe_of(args), files, device)
+            return run_experiment(args, changed(RECIPES[args.recipe], vars(args)), files, device)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(files.how_to_go_on()) from None
 
@@ -339,8 +298,8 @@ def run_experiment(args, recipe, files, device):
     """Trains and tests as the command line asks; returns the exit code."""
     # Model
     torch.manual_seed(recipe.seed)
-    in_channels = degradation_in(asdict(recipe)).channels
-    model = SmallViT(replace(MODELS[recipe.model], in_channels=in_channels))
+    config = replace(MODELS[recipe.model], in_channels=recipe.degradation.channels)
+    model = SmallViT(config)
     if recipe.init is not None and not args.resume:
         load_weights(model, recipe.init)
     model = model.to(device)

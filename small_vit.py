@@ -1,16 +1,21 @@
 """The denoiser: a small vision transformer around the attention layer, and its checkpoints."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from adaptive_attention_moe import AdaptiveAttentionMoE, check_capacity, check_heads
-from common.user_errors import UserError
-from experiment.checkpoints import read_checkpoint
-from experiment.tiling import reflected
-from layers.conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv
+from adaptive_attention_moe import AdaptiveAttentionMoE, check_heads
+from common.options import Number, check_fields, option
+from common.user_errors import UserError, printable
+from experiment.checkpoints import Trained, read_checkpoint, recipe_of_file
+from layers.conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv, reflected
+
+SIZE, DEPTH = (Number(int, least, most=2**16 - 1) for least in (1, 0))
+SHARE = Number(float, above=True, most=1)
 
 
 @dataclass(frozen=True)
@@ -21,45 +26,28 @@ class ViTConfig:
         ValueError: a value is out of its range.
     """
 
-    in_channels: int = 3  # or 4, with a mask of the known pixels, which stay as they are
-    image_size: int = 32  # side of the training's square images, pixels; other sizes work as well
-    patch_size: int = 4  # side of a patch, pixels; has to divide image_size
-    d_model: int = 128  # channels of a token, D
-    num_layers: int = 2  # transformer blocks
-    num_heads: int = 4  # attention heads of each expert
-    d_ff: int = 256  # hidden channels of the feed-forward network
-    k_attend: tuple = (32, 64, 128)  # budget of each expert; their number is that of the experts
-    # Feature channels of a convolutional encoder and decoder, from full resolution down, in place
-    # of the linear patch embedding; patch_size has to be 2 to the power of their number.
-    channels: tuple = ()
-    conv_depth: int = 2  # NAF blocks at each of their coarser resolutions
-    residual: bool = False  # whether the model predicts the difference to the noisy image
-    positions: bool = True  # whether tokens get a learned position embedding
-    local: bool = False  # whether a 3×3 depthwise convolution stands beside attention
-    capacity: float | None = None  # share of the tokens that attend in a block; None: no choice
+    in_channels: int = option(3, "or 4, with a mask of the known pixels", choices=(3, 4))
+    image_size: int = option(32, "side of the training's images; others work as well", type=SIZE)
+    patch_size: int = option(4, "side of a patch, pixels; has to divide image_size", type=SIZE)
+    d_model: int = option(128, "channels of a token, D", type=SIZE)
+    num_layers: int = option(2, "transformer blocks", type=SIZE)
+    num_heads: int = option(4, "attention heads of each expert", type=SIZE)
+    d_ff: int = option(256, "hidden channels of the feed-forward network", type=SIZE)
+    k_attend: tuple = option((32, 64, 128), "budget of each expert", type=Number(int, 1))
+    # Of a convolutional encoder and decoder in place of the linear patch embedding, from full
+    # resolution down; patch_size has to be 2 to the power of their number.
+    channels: tuple = option((), "feature channels of convolutions", type=Number(int, 1))
+    conv_depth: int = option(2, "NAF blocks at each of their coarser resolutions", type=DEPTH)
+    residual: bool = option(False, "whether it predicts the difference to the noisy image")
+    positions: bool = option(True, "whether tokens get a learned position embedding")
+    local: bool = option(False, "whether a 3×3 depthwise convolution stands beside attention")
+    capacity: float | None = option(None, "share of the tokens that attend", type=SHARE)
 
     def __post_init__(self):
-        positive = ("image_size", "patch_size", "d_model", "num_layers", "num_heads", "d_ff")
-        for name, least in [*((name, 1) for name in positive), ("conv_depth", 0)]:
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value < 2**16:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value}")
-        for name in ("k_attend", "channels"):
-            value = getattr(self, name)
-            if not isinstance(value, tuple | list) or not all(
-                type(n) is int and 1 <= n < 2**31 for n in value
-            ):
-                raise ValueError(f"{name} must be ints of at least 1, got {value}")
+        check_fields(self)
+        check_heads(self.d_model, self.num_heads)
         if not self.k_attend:
             raise ValueError("k_attend needs one budget per expert, got none")
-        for name in ("residual", "positions", "local"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        check_heads(self.d_model, self.num_heads)
-        if self.capacity is not None:
-            check_capacity(self.capacity)
-        if self.in_channels not in (3, 4):
-            raise ValueError(f"in_channels must be 3 or 4, got {self.in_channels}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 "patch_size must divide image_size, got "
@@ -83,8 +71,8 @@ MODELS = {
 MODELS["quick"] = replace(MODELS["refined"], k_attend=(64,), conv_depth=2, local=True)
 # A quarter of the tokens attends by default, wherever the router sends them.
 MODELS["routed"] = ViTConfig(k_attend=(64,), local=True, capacity=0.25)
-# No positions: a photograph has other and more of them than a crop. The budget is that of
-# models/gaussian.pt; the study in FINAL_REPORT.md finds dense attention ahead of it.
+# No positions: a photograph has other and more of them than a crop. The budget is that of the
+# shipped models; FINAL_REPORT.md finds dense attention ahead of it.
 MODELS["photographs"] = ViTConfig(
     image_size=64,
     num_heads=1,
@@ -137,7 +125,13 @@ class SmallViT(nn.Module):
 
     Args:
         config: ViTConfig.
+
+    Attributes:
+        trained: experiment.checkpoints.Trained, what the checkpoint says that `load_model` read:
+            its recipe, and with it the noise that it is for; None of another model.
     """
+
+    trained: Trained | None = None
 
     def __init__(self, config=MODELS["published"]):
         super().__init__()
@@ -190,7 +184,7 @@ class SmallViT(nn.Module):
             for block in self.blocks:
                 block.attention.capacity = share
 
-    def forward(self, noisy):
+    def forward(self, noisy: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Denoises images.
 
         Args:
@@ -245,13 +239,18 @@ class SmallViT(nn.Module):
         learned = self.position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return F.interpolate(learned, grid, mode="bicubic").flatten(2).transpose(1, 2)
 
+    def described(self) -> str:
+        """What it is and what it was trained for, of a model that was loaded: one line."""
+        sentence = f"{self.trained.path}: {count_parameters(self):,} parameters, {self.trained}"
+        return printable(sentence)
+
     @torch.inference_mode()
-    def denoise(self, noisy):
+    def denoise(self, noisy: Tensor) -> Tensor:
         """The restored images alone, as they are shown: [B, 3, h, w] -> the same in [0, 1]."""
         return self.eval()(noisy)[0]
 
 
-def at_each(model, capacities):
+def with_each_capacity(model: SmallViT, capacities: Iterable[float]) -> Iterator[float]:
     """Yields each capacity, which the model has then; afterwards it has its own again."""
     own = model.capacity
     try:
@@ -262,13 +261,13 @@ def at_each(model, capacities):
         model.capacity = own
 
 
-def zero_(layer):
+def zero_(layer: nn.Module) -> None:
     """Zeroes the weight and, where it has one, the bias of a layer."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
-def count_parameters(model):
+def count_parameters(model: nn.Module) -> int:
     """Number of trainable scalars."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -276,12 +275,21 @@ def count_parameters(model):
 # Checkpoints ---------------------------------------------------------------------------------
 
 
-def build_model(checkpoint, path):
-    """The SmallViT of a checkpoint, in evaluation mode, on the CPU.
+def load_model(path: str | Path) -> SmallViT:
+    """The trained model of a checkpoint file, in evaluation mode, on the CPU.
+
+    What it is for stands in its `trained`: `model.trained.recipe.degradation` is the noise, or what
+    else it removes, `model.trained.recipe.crop` tells a model for photographs from one for
+    thumbnails, and `model.trained.checkpoint["test"]` has the figures of its test.
 
     Raises:
-        UserError: configuration and weights do not make a SmallViT; `path` is named in it.
+        UserError: the file is missing, damaged, or no checkpoint of such a model.
     """
+    return build_model(read_checkpoint(path), path)
+
+
+def build_model(checkpoint: dict, path: str | Path) -> SmallViT:
+    """As load_model, of what `read_checkpoint` gave for a path."""
     weights = checkpoint["model"]
     try:
         settings = dict(checkpoint["config"])
@@ -289,7 +297,8 @@ def build_model(checkpoint, path):
             raise ValueError
         settings |= {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}
         config = ViTConfig(**settings)
-        if (config.in_channels == 4) != (checkpoint["recipe"].get("task") == "inpaint"):
+        recipe = recipe_of_file(checkpoint["recipe"], path)
+        if config.in_channels != recipe.degradation.channels:
             raise ValueError
         # Every layer has weights of its own: a configuration cannot ask for more than there are.
         if max(config.num_layers * len(config.k_attend), config.conv_depth) > len(weights):
@@ -302,29 +311,25 @@ def build_model(checkpoint, path):
             f"{path} is of another architecture than SmallViT here; "
             "use a checkpoint that denoising_experiment_proper.py wrote"
         ) from None
+    about = {name: value for name, value in checkpoint.items() if name != "model"}
+    model.trained = Trained(str(path), recipe, about)
     return model.eval()
 
 
-def load_weights(model, path):
+def load_weights(model: SmallViT, path: str | Path) -> None:
     """Gives a SmallViT the weights of a checkpoint, to train on from them.
+
+    Budgets may differ: the same weights keep any number of keys.
 
     Raises:
         UserError: as load_model does; or the checkpoint is of another configuration.
     """
     trained = load_model(path)
     for name, value in asdict(model.config).items():
-        if (other := getattr(trained.config, name)) != value:
+        other = getattr(trained.config, name)
+        if other != value and (name != "k_attend" or len(other) != len(value)):
             raise UserError(
                 f"{path}: its {name} is {other}, that of the model to train {value}; name another "
                 "checkpoint, or the --model and --task of this one"
             )
     model.load_state_dict(trained.state_dict())
-
-
-def load_model(path):
-    """The trained SmallViT of a checkpoint file, in evaluation mode, on the CPU.
-
-    Raises:
-        UserError: as read_checkpoint and build_model do.
-    """
-    return build_model(read_checkpoint(path), path)

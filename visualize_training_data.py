@@ -9,26 +9,25 @@ import math
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor
 
+from common.options import told_as_options
 from common.safe_files import check_picture, write_figure
 from common.user_errors import run_main
-from experiment.command_line import add_output, make_parser
-from images.degradations import degradation_in
+from experiment import command_line as cli
+from images.degradations import degradation_of
 from images.image_sources import load_images
 from images.noisy_images import noisy_splits
+from images.training_batches import training_batches
 
 MEASURED_IMAGES = 4096  # at most; 12.6 million values fix the standard deviation to 0.03 %
 SIGMAS = 256  # values to which σ is rounded where it differs; 4e-6 of the standard deviation
 
 
-def joint_frequency(clean, sigma):
-    """How often each pair of σ and clean value occurs.
-
-    Args:
-        clean, sigma: float32 tensors of one shape, the first of multiples of 1/255 in [0, 1].
-
-    Returns:
-        (float64 [s, 256], part of each pair; float64 [s], the values of σ).
+def joint_frequency(clean: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Of images that are multiples of 1/255 in [0, 1] and the σ of every value: how often each pair
+    of σ and value occurs, float64 [s, 256], and the values of σ, float64 [s].
     """
     low, high = (x.double() for x in sigma.aminmax())
     step = ((high - low) / (SIGMAS - 1)).clamp_min(1e-12)
@@ -40,21 +39,17 @@ def joint_frequency(clean, sigma):
     return counts[there].double() / value.numel(), sigmas[there]
 
 
-def clipped_noise(frequency, sigmas):
-    """Mean and std of noisy - clean in theory, for noisy = clamp(clean + σ·N(0, 1), 0, 1).
+def clipped_noise(frequency: Tensor, sigmas: Tensor) -> tuple[float, float]:
+    """Mean and std of noisy - clean in theory, for noisy = clamp(clean + σ·N(0, 1), 0, 1), σ > 0.
 
     For a clean value c the difference is normal, with all that lies beyond -c and 1 - c moved to
-    these two values (a censored normal distribution).
-
-    Args:
-        frequency, sigmas: of `joint_frequency`, σ above 0.
+    these two values (a censored normal distribution). Takes what `joint_frequency` gives.
     """
     clean, sigma = torch.arange(256, dtype=torch.float64) / 255, sigmas[:, None]
     low, high = -clean / sigma, (1 - clean) / sigma  # in units of σ
     below, above = torch.special.ndtr(low), torch.special.ndtr(-high)
-    density_low, density_high = (
-        torch.exp(-(t**2) / 2) / math.sqrt(2 * math.pi) for t in (low, high)
-    )
+    root = math.sqrt(2 * math.pi)
+    density_low, density_high = (torch.exp(-(x**2) / 2) / root for x in (low, high))
     mean = low * below + high * above + density_low - density_high
     inside = 1 - below - above + low * density_low - high * density_high
     square = low**2 * below + high**2 * above + inside
@@ -63,16 +58,8 @@ def clipped_noise(frequency, sigmas):
     return mean.item(), std.item()
 
 
-def histograms(frequency, sigmas, edges):
-    """The same noise, after and before the clamp, as parts of the values in each bin.
-
-    Args:
-        frequency, sigmas: of `joint_frequency`, σ above 0.
-        edges: float64 [m + 1].
-
-    Returns:
-        float64 [m] twice.
-    """
+def histograms(frequency: Tensor, sigmas: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """The same noise after and before the clamp: parts of it between edges [m + 1], float64 [m]."""
     clean, edges = torch.arange(256, dtype=torch.float64) / 255, edges[:, None]
     clamped = unclamped = 0.0
     for of_sigma, sigma in zip(frequency, sigmas, strict=True):
@@ -83,31 +70,43 @@ def histograms(frequency, sigmas, edges):
     return clamped.diff(), unclamped.diff()
 
 
-def check_noise(noisy, clean, sigma):
-    """Compares noise with its theory.
-
-    Args:
-        noisy, clean: float32 [n, 3, h, w] in [0, 1].
-        sigma: standard deviation that the noise should have before the clamp, as clean.
-
-    Returns:
-        (list of (quantity, measured, expected, tolerance), difference noisy - clean).
+def check_noise(noisy: Tensor, clean: Tensor, sigma: Tensor, levels: tuple) -> list[tuple]:
+    """Rows (quantity, measured, expected, tolerance) for images [n, 3, h, w] in [0, 1], the σ that
+    their noise should have before the clamp, and the levels (low, high) between which that lies.
     """
-    difference = (noisy - clean).double()
+    difference, (low, high) = (noisy - clean).double(), levels
     mean, std = clipped_noise(*joint_frequency(clean, sigma)) if sigma.any() else (0.0, 0.0)
     error = std / math.sqrt(difference.numel()) + 1e-8  # standard error of the mean; float32
+    between = (low + high) / 2, (high - low) / 2 + 1e-6
     return [
         ("mean of the noise", difference.mean().item(), mean, 5 * error),
         ("std of the noise", difference.std().item(), std, 5 * error),
         ("smallest noisy value", noisy.min().item(), 0.5, 0.5),
         ("largest noisy value", noisy.max().item(), 0.5, 0.5),
-    ], difference
+        ("smallest σ", sigma.min().item(), *between),
+        ("largest σ", sigma.max().item(), *between),
+    ]
 
 
-def draw_samples(noisy, clean, difference, sigma, title):
-    """Figure: six rows clean → noisy → difference, with σ where it differs over an image, and the
-    histogram of the noise.
-    """
+def draw_histogram(axis: plt.Axes, clean: Tensor, difference: Tensor, sigma: Tensor) -> None:
+    """Draws how often each value of the noise occurs, and should occur."""
+    edges = torch.linspace(-1, 1, 202, dtype=torch.float64)  # no edge at 0, where σ = 0 puts all
+    counts = torch.histogram(difference.flatten(), edges).hist / difference.numel()
+    width = (edges[1] - edges[0]).item()
+    axis.stairs(counts / width, edges, fill=True, color="tab:blue", alpha=0.5, label="measured")
+    if sigma.any():
+        theory, normal = histograms(*joint_frequency(clean, sigma), edges)
+        middle, most = (edges[1:] + edges[:-1]) / 2, max(sigma.max().item(), 1e-3)
+        axis.plot(middle, theory / width, "k-", lw=1, label="theory: N(0, σ²) clamped with image")
+        axis.plot(middle, normal / width, "r:", lw=1, label="N(0, σ²) before the clamp")
+        axis.set_xlim(max(-1, -4.5 * most), min(1, 4.5 * most))
+    axis.set(xlabel="noisy − clean", ylabel="probability density", title="Noise of all pixels")
+    axis.legend(loc="upper left", fontsize=8)
+
+
+def draw_samples(noisy: Tensor, clean: Tensor, sigma: Tensor, title: str) -> Figure:
+    """Figure: six rows clean → noisy → difference, → σ where that differs, and the histogram."""
+    difference = (noisy - clean).double()
     rows, most = min(6, len(clean)), max(sigma.max().item(), 1e-3)
     names = ["clean", "noisy", f"difference (±{3 * most:.2g})"]
     names += ["σ"] if (sigma != sigma[:, :1, :1, :1]).any() else []
@@ -123,56 +122,39 @@ def draw_samples(noisy, clean, difference, sigma, title):
         axes[row, 2].set_ylabel(f"std {difference[row].std():.3f}")
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name)
-
-    axis = right.subplots()
-    edges = torch.linspace(-1, 1, 202, dtype=torch.float64)  # no edge at 0, where σ = 0 puts all
-    counts = torch.histogram(difference.flatten(), edges).hist / difference.numel()
-    width = (edges[1] - edges[0]).item()
-    axis.stairs(counts / width, edges, fill=True, color="tab:blue", alpha=0.5, label="measured")
-    if sigma.any():
-        theory, normal = histograms(*joint_frequency(clean, sigma), edges)
-        middle = (edges[1:] + edges[:-1]) / 2
-        axis.plot(middle, theory / width, "k-", lw=1, label="theory: N(0, σ²) clamped with image")
-        axis.plot(middle, normal / width, "r:", lw=1, label="N(0, σ²) before the clamp")
-        axis.set_xlim(max(-1, -4.5 * most), min(1, 4.5 * most))
-    axis.set(xlabel="noisy − clean", ylabel="probability density", title="Noise of all pixels")
-    axis.legend(loc="upper left", fontsize=8)
+    draw_histogram(right.subplots(), clean, difference, sigma)
     figure.suptitle(title)
     return figure
 
 
 def main():
-    parser = make_parser(
-        "Draws training samples, compares their noise with its theory and exits with 1 when it "
-        "is off.",
+    parser = cli.make_parser(
+        "Draws training samples, compares their noise with theory, exits with 1 when it is off.",
         "python visualize_training_data.py --dataset photos",
-        *("dataset", "data-dir", "noise-level", "noise-map", "seed"),
     )
-    add_output(
-        parser, "training_data_verification.png", "picture to write, in place of an earlier one"
-    )
+    cli.add_data(parser)
+    cli.add_noise(parser)
+    what = "picture to write, in place of an earlier one"
+    cli.add_output(parser, "training_data_verification.png", what)
     args = parser.parse_args()
+    with told_as_options():
+        degradation = degradation_of(vars(args))
     check_picture(args.output)
     source = load_images(args.dataset, args.data_dir, args.seed)
-    train_set = noisy_splits(source, degradation_in(vars(args)))[0]
-    batches = train_set.shuffled_batches(MEASURED_IMAGES, args.seed, epoch=1, with_sigma=True)
+    train_set = noisy_splits(source, degradation)[0]
+    batches = training_batches(train_set, MEASURED_IMAGES, args.seed, epoch=1, with_sigma=True)
     noisy, clean, _, sigma = next(batches)
-    checks, difference = check_noise(noisy, clean, sigma)
-    middle, half = sum(args.noise_level) / 2, (args.noise_level[1] - args.noise_level[0]) / 2
-    for name, value in zip(("smallest σ", "largest σ"), sigma.aminmax(), strict=True):
-        checks.append((name, value.item(), middle, half + 1e-6))
 
     print(f"{source.name}: {len(noisy):,} of {len(train_set):,} training images")
     wrong = 0
-    for quantity, measured, expected, tolerance in checks:
+    rows = check_noise(noisy, clean, sigma, degradation.noise_level)
+    for quantity, measured, expected, tolerance in rows:
         off = not abs(measured - expected) <= tolerance
         wrong += off
-        print(
-            f"  {quantity:<20} {measured:9.5f}   expected {expected:.5f} ± {tolerance:.5f}"
-            f"{'   OFF' if off else ''}"
-        )
-    title = f"{source.name}, training samples of epoch 1, {train_set.degradation}"
-    write_figure(draw_samples(noisy, clean, difference, sigma, title), args.output)
+        figures = f"{measured:9.5f}   expected {expected:.5f} ± {tolerance:.5f}"
+        print(f"  {quantity:<20} {figures}{'   OFF' if off else ''}")
+    title = f"{source.name}, training samples of epoch 1, {degradation}"
+    write_figure(draw_samples(noisy, clean, sigma, title), args.output)
     print(f"wrote {args.output}")
     print("the noise is OFF" if wrong else "the noise is as it should be")
     return 1 if wrong else 0

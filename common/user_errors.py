@@ -68,10 +68,11 @@ def run_main(main):
     matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a folder is no formula
     out, err = PatientStream(sys.stdout), PatientStream(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code, told = 2, None
         try:
             code = main()
         except UserError as error:
-            code = refuse(str(error))
+            told = error
         except KeyboardInterrupt as interrupt:
             print(interrupt.args[0] if interrupt.args else "interrupted", file=sys.stderr)
             code = 130
@@ -79,14 +80,11 @@ def run_main(main):
             exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
             if not exhausted and "allocate memory" not in str(error):
                 raise
-            code = refuse(
+            told = (
                 "there is not enough memory; give it less at once: fewer or smaller images, a "
                 "smaller --batch-size or --tile where there is one"
             )
+        if told is not None:
+            print(f"error: {printable(told)}", file=sys.stderr)
         out.flush()
     sys.exit(code)
-
-
-def refuse(sentence):
-    print(f"error: {printable(sentence)}", file=sys.stderr)
-    return 2

@@ -19,13 +19,8 @@ MOST_SHAPES = 4  # of batches whose passes are kept; each holds the memory of on
 def replayed(step, optimizer):
     """A training step that is replayed where that works: on a CUDA device, in a single process.
 
-    Args:
-        step: function(noisy, clean) -> tensor, which takes a step of the optimizer and never waits
-            for the device.
-        optimizer: of make_optimizer. Between steps nothing but its learning rates may change.
-
-    Returns:
-        ReplayedStep, or elsewhere the step itself; called and working alike.
+    The step, a function(noisy, clean) -> tensor, never waits for the device. Between steps nothing
+    but the learning rates of its optimizer may change.
     """
     on_cuda = optimizer.param_groups[0]["params"][0].is_cuda
     return ReplayedStep(step, optimizer) if on_cuda and world_size() == 1 else step
@@ -34,8 +29,8 @@ def replayed(step, optimizer):
 class ReplayedStep:
     """Takes the first steps as they come, records one, and replays it from then on.
 
-    Batches of another shape than the first are left to the step itself, as all are where it cannot
-    be recorded, which is then said.
+    Batches of another shape than the first are left to the step itself; so are all where it cannot
+    be recorded, which is said.
     """
 
     def __init__(self, step, optimizer):
@@ -44,7 +39,6 @@ class ReplayedStep:
         self.stream = torch.cuda.Stream()  # a step has to be warmed up where it is recorded
 
     def __call__(self, noisy, clean):
-        """As the step itself."""
         self.shape = self.shape or noisy.shape
         if noisy.shape != self.shape or self.warm_up is None:
             return self.step(noisy, clean)
@@ -90,10 +84,8 @@ class ReplayedModel:
 
     A pass is recorded when a shape of batches comes for the second time, in one dtype and with one
     capacity of the model; of MOST_SHAPES the one that was longest unused is dropped. What cannot be
-    recorded is left to the model. Weights may be changed in place between passes, but not replaced.
-
-    Args:
-        model: denoiser, in evaluation mode whenever this is called.
+    recorded is left to the model, which has to be in evaluation mode. Weights may be changed in
+    place between passes, but not replaced.
     """
 
     def __init__(self, model):
@@ -111,10 +103,9 @@ class ReplayedModel:
             return self.model(noisy)
         capacity = getattr(self.model, "capacity", None)  # which decides over shapes
         key = (noisy.shape, torch.is_autocast_enabled("cuda"), capacity)
-        recorded = self.passes.get(key)
-        if key in self.passes and recorded is None:
+        seen, recorded = key in self.passes, self.passes.pop(key, None)
+        if seen and recorded is None:
             recorded = self._record(noisy)
-        self.passes.pop(key, None)
         self.passes[key] = recorded  # the last of the dict is the last that was used
         if len(self.passes) > MOST_SHAPES:
             del self.passes[next(iter(self.passes))]

@@ -14,11 +14,6 @@ CHARBONNIER_EPS = 1e-3  # below such differences the loss is a parabola
 SSIM_WINDOW = 7  # pixels, scikit-image's default
 
 
-def mse(restored, clean):
-    """Mean squared error."""
-    return F.mse_loss(restored, clean)
-
-
 def psnr(restored, clean):
     """Minus the mean PSNR of the images in dB, times PSNR_WEIGHT; PSNR_EPS is added to each image's
     squared error (HINet, Chen et al. 2021).
@@ -33,10 +28,8 @@ def charbonnier(restored, clean):
 
 
 def ssim(restored, clean):
-    """1 - SSIM in a uniform window, as scikit-image measures it (Wang et al. 2004).
-
-    Raises:
-        UserError: the images are smaller than the window.
+    """1 - SSIM in a uniform window, as scikit-image measures it (Wang et al. 2004); a UserError for
+    images that are smaller than the window.
     """
     if min(clean.shape[-2:]) < SSIM_WINDOW:
         raise UserError(f"--loss ssim needs images of at least {SSIM_WINDOW}×{SSIM_WINDOW} pixels")
@@ -51,4 +44,4 @@ def ssim(restored, clean):
     return 1 - similarity.mean()
 
 
-LOSSES = {f.__name__: f for f in (mse, psnr, charbonnier, ssim)}
+LOSSES = {"mse": F.mse_loss, "psnr": psnr, "charbonnier": charbonnier, "ssim": ssim}

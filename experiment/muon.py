@@ -16,10 +16,7 @@ COEFFICIENTS = (
 
 
 def make_optimizer(model, name, lr, weight_decay):
-    """The optimizer of `--optimizer`: "adamw", as published, in one fused step, or "muon".
-
-    The weight decay is decoupled and times the learning rate; "muon" has it for matrices alone.
-    """
+    """That of `--optimizer`; the weight decay is decoupled and times the learning rate."""
     if name == "muon":
         return Muon(model.parameters(), lr, weight_decay)
     return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
@@ -96,11 +93,7 @@ def is_matrix(parameter):
     """Whether Muon orthogonalises it: not biases, embeddings [1, ...] and depthwise kernels, nor
     what has fewer than 4 rows or columns, as the last layer of a router.
     """
-    return (
-        parameter.ndim >= 2
-        and min(parameter.shape[:2]) > 1
-        and min(parameter.flatten(1).shape) >= 4
-    )
+    return parameter.ndim >= 2 and parameter.shape[1] > 1 and min(parameter.flatten(1).shape) >= 4
 
 
 def orthogonalised(matrices):

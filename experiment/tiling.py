@@ -6,10 +6,12 @@ import warnings
 import numpy as np
 import torch
 from skimage.restoration import estimate_sigma
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiment.command_line import autocast
 from experiment.cuda_graphs import ReplayedModel
+from layers.conv_stages import reflected
 
 TILE, OVERLAP = 128, 16  # pixels; best and fastest in the table of `benchmark.py --rows tiles`
 PROBE, BLOCK = 1024, 64  # sides of the largest part whose noise is estimated and of its blocks
@@ -17,8 +19,10 @@ LEAST_PROBE = 16  # side of the smallest
 MOST_CLIPPED = 0.01  # part of a block's values
 
 
-def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=1.0):
-    """Denoises an image.
+def denoise(
+    model: nn.Module, image: np.ndarray, tile=TILE, overlap=OVERLAP, dtype="float32", strength=1.0
+) -> np.ndarray:
+    """Denoises an image; a ValueError if it or an argument is not as described.
 
     An image that fits into a tile is restored as a whole. Otherwise tiles of equal size overlap by
     `overlap` pixels at least, where each fades into the next.
@@ -27,17 +31,10 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
         model: SmallViT, or another denoiser of images [B, 3, h, w] in [0, 1]; it is left in
             evaluation mode. A ReplayedModel of it keeps what it recorded for the next image.
         image: array [h, w, 3] or, grey, [h, w] or [h, w, 1]; uint8, uint16, or float32 in [0, 1]
-            (noise may lead out of it).
-        tile: side of the tiles, pixels.
-        overlap: of two tiles, pixels, below `tile`.
+            (noise may lead out of it). The result has its shape and dtype.
+        tile, overlap: side of the tiles and overlap of two of them, which is below it, pixels.
         dtype: name of that of matrix products; bfloat16 runs them under autocast.
         strength: 1 gives the restored image, 0 the input, what is between a mixture.
-
-    Returns:
-        Array of the same shape and dtype.
-
-    Raises:
-        ValueError: the image is of another shape or dtype, or an argument out of its range.
     """
     image = np.asarray(image)
     if image.dtype not in (np.uint8, np.uint16, np.float32) or not image.size:
@@ -47,20 +44,18 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
     if not 0 < overlap < tile:
         raise ValueError(f"overlap must be in 1 … tile - 1, got tile={tile}, overlap={overlap}")
     if dtype not in ("float32", "bfloat16") or not 0 <= strength <= 1:
-        raise ValueError(
-            "dtype must be float32 or bfloat16 and strength in 0 … 1, "
-            f"got dtype={dtype!r}, strength={strength!r}"
-        )
+        wanted = "dtype must be float32 or bfloat16 and strength in 0 … 1"
+        raise ValueError(f"{wanted}, got dtype={dtype!r}, strength={strength!r}")
     pixels = image.reshape(*image.shape[:2], -1)
     sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
-    passes = (model if isinstance(model, ReplayedModel) else ReplayedModel(model)).eval()
+    replayed = (model if isinstance(model, ReplayedModel) else ReplayedModel(model)).eval()
     rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
     restored, unfinished = np.empty_like(pixels), torch.zeros(0, *pixels.shape[1:])
     bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None)
     for number, (rows_of, fade) in enumerate(rows):
         band = torch.zeros(rows_of.stop - rows_of.start, *pixels.shape[1:])  # [rows, w, C]
         for columns_of, fade_across in columns:
-            part = restore_tile(passes, pixels[rows_of, columns_of], dtype, strength, sigma)
+            part = restore_tile(replayed, pixels[rows_of, columns_of], dtype, strength, sigma)
             band[:, columns_of] += fade_across[:, None] * part
             bar.update()
         band *= fade[:, None, None]
@@ -72,20 +67,20 @@ def denoise(model, image, tile=TILE, overlap=OVERLAP, dtype="float32", strength=
     return restored.reshape(image.shape)
 
 
-class Tiled(torch.nn.Module):
+class Tiled(nn.Module):
     """A denoiser that restores an image as `denoise` does, in tiles of a side of so many pixels."""
 
     def __init__(self, model, tile):
         super().__init__()
-        self.model, self.passes, self.tile = model, ReplayedModel(model), tile
+        self.model, self.replayed, self.tile = model, ReplayedModel(model), tile
 
     def forward(self, noisy):
         """As the model's, without routings.  [1, 3, h, w] -> [1, 3, h, w], on the CPU."""
-        image = denoise(self.passes, noisy[0].permute(1, 2, 0).cpu().numpy(), self.tile)
+        image = denoise(self.replayed, noisy[0].permute(1, 2, 0).cpu().numpy(), self.tile)
         return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0), []
 
 
-class InTiles(torch.nn.Module):
+class InTiles(nn.Module):
     """A denoiser that sees an image as separate tiles, continued by reflection to whole ones."""
 
     def __init__(self, model, tile):
@@ -95,76 +90,62 @@ class InTiles(torch.nn.Module):
     def forward(self, noisy):
         """As the model's; the routings are of the tiles.  [1, 3, h, w] -> [1, 3, h, w]."""
         tile, (height, width) = self.tile, noisy.shape[2:]
-        whole = reflected(noisy, -height % tile, -width % tile)
-        tiles = whole[0].unfold(1, tile, tile).unfold(2, tile, tile)  # [3, rows, columns, t, t]
+        padded = reflected(noisy, -height % tile, -width % tile)
+        tiles = padded[0].unfold(1, tile, tile).unfold(2, tile, tile)  # [3, rows, columns, t, t]
         images, routings = self.model(tiles.permute(1, 2, 0, 3, 4).flatten(0, 1))
         rows = images.unflatten(0, tiles.shape[1:3]).permute(2, 0, 3, 1, 4)
         return rows.flatten(3).flatten(1, 2)[None, :, :height, :width], routings
 
 
-def reflected(image, rows, columns):
-    """Continues images [..., h, w] by reflection, downwards and to the right, however small."""
-    for dim, more in ((-2, rows), (-1, columns)):
-        if more:
-            size = image.shape[dim]
-            index = torch.arange(size + more, device=image.device) % max(1, 2 * size - 2)
-            image = image.index_select(dim, torch.minimum(index, (2 * size - 2 - index).abs()))
-    return image
-
-
-def windows(size, tile, overlap):
+def windows(size: int, tile: int, overlap: int) -> list[tuple[slice, Tensor]]:
     """[(slice, weights float32 [n])]: evenly spread tiles of a side whose weights sum to 1."""
     tile = min(size, tile)
     count = math.ceil((size - overlap) / (tile - overlap)) if size > tile else 1
-    starts = np.linspace(0, size - tile, count).round().astype(int)
+    starts = np.linspace(0, size - tile, count).round().astype(int).tolist()
+    parts = [slice(start, start + tile) for start in starts]
     ramp = (torch.arange(tile) + 0.5).clamp(max=overlap)
-    ramp = torch.minimum(ramp, ramp.flip(0))
-    total = torch.zeros(size)
-    for start in starts:
-        total[start : start + tile] += ramp
-    slices = [slice(int(start), int(start) + tile) for start in starts]
-    return [(part, ramp / total[part]) for part in slices]
+    ramp, total = torch.minimum(ramp, ramp.flip(0)), torch.zeros(size)
+    for part in parts:
+        total[part] += ramp
+    return [(part, ramp / total[part]) for part in parts]
 
 
 @torch.inference_mode()
-def restore_tile(passes, part, dtype, strength, sigma):
+def restore_tile(replayed, part: np.ndarray, dtype: str, strength: float, sigma: float) -> Tensor:
     """[h, w, C] of a stored dtype -> float32 [h, w, C] in [0, 1] on the CPU.
 
     The noise of a grey image would be the same in all three colours, which the model has never
     seen and takes for structure. Noise that sums to zero over the colours makes it independent,
     with √3 σ for each, and drops out of their mean.
     """
-    device = next(passes.model.parameters()).device
-    scale = 1 if part.dtype == np.float32 else np.iinfo(part.dtype).max
-    before = torch.from_numpy(part.astype(np.float32) / scale)
+    device = next(replayed.model.parameters()).device
+    before = torch.from_numpy(as_float(part))
     noisy = before.permute(2, 0, 1).expand(3, -1, -1).unsqueeze(0)  # grey as three colours
     if sigma:
         colours = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(0))
         noisy = noisy + 3**0.5 * sigma * (colours - colours.mean(1, keepdim=True))
     noisy = noisy.contiguous().to(device)
     with autocast(device, dtype):
-        image = passes(noisy)[0][0].float().cpu().permute(1, 2, 0)
+        image = replayed(noisy)[0][0].float().cpu().permute(1, 2, 0)
     image = image if part.shape[2] == 3 else image.mean(2, keepdim=True)
     return before.lerp(image, strength) if strength < 1 else image
 
 
-def middle(image):
+def center_crop(image: np.ndarray) -> np.ndarray:
     """The middle of [h, w, C], at most PROBE × PROBE pixels."""
     top, left = (max(0, (size - PROBE) // 2) for size in image.shape[:2])
     return image[top : top + PROBE, left : left + PROBE]
 
 
-def estimate_noise(image):
+def estimate_noise(image: np.ndarray) -> float:
     """σ of the noise in the middle of [h, w, C], from wavelets, in [0, 1]; 0 below LEAST_PROBE.
 
     It is the tenth percentile over blocks, since texture looks like noise. If there are others,
     blocks in which some of it is clipped or framed do not count.
     """
-    part = middle(image)
+    part = as_float(center_crop(image))
     if min(part.shape[:2]) < LEAST_PROBE:
         return 0.0
-    scale = 1 if part.dtype == np.float32 else np.iinfo(part.dtype).max
-    part = part / np.float32(scale)
     tops, lefts = (range(0, max(1, size - BLOCK + 1), BLOCK) for size in part.shape[:2])
     blocks = [part[top : top + BLOCK, left : left + BLOCK] for top in tops for left in lefts]
     # A line of one value is no noise, but a frame or a margin.
@@ -178,7 +159,13 @@ def estimate_noise(image):
     return float(np.quantile(sigmas, 0.1))
 
 
-def as_stored(values, dtype):
+def as_float(values: np.ndarray) -> np.ndarray:
+    """uint8, uint16 or float32 values as float32 in [0, 1]."""
+    scale = 1 if values.dtype == np.float32 else np.iinfo(values.dtype).max
+    return values.astype(np.float32) / scale
+
+
+def as_stored(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """float32 values in [0, 1] as uint8, uint16 or float32."""
     if dtype == np.float32:
         return values

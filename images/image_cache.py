@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,16 @@ from common.user_errors import UserError
 LEAST_FILES = 1000  # of a folder that is kept; fewer take a moment
 
 
-def remembered(paths, cache_dir, decode, fits):
-    """What decode() returns for image files, or what it returned for the same files before.
+def cached_decode(paths: list[Path], cache_dir: str | Path, decode: Callable) -> dict:
+    """What decode(paths) returns for image files, or what it returned for the same files before.
 
-    It is read from a file in `cache_dir` as long as names, sizes and times of the image files are
-    the same. Where two runs write it at once, either leaves a complete one; where it is damaged or
-    cannot be written, the images are decoded.
-
-    Args:
-        paths: of the image files, all of one folder.
-        cache_dir: folder for the file, made where it is missing.
-        decode: function() -> dict of arrays.
-        fits: function(such a dict) -> whether it can be of these files.
-
-    Returns:
-        dict of arrays.
+    That is read from a file in `cache_dir` as long as names, sizes and times of the image files,
+    all of one folder, are the same. Where two runs write it at once, either leaves a complete one;
+    where it is damaged or cannot be written, the images are decoded. Files that "files" does not
+    have are tried again, since another time may have more memory.
     """
     if len(paths) < LEAST_FILES:
-        return decode()
+        return decode(paths)
     folder = os.path.commonpath(paths)
     key = state_of(paths, folder)
     name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
@@ -39,9 +32,10 @@ def remembered(paths, cache_dir, decode, fits):
         # The format of the file has its own exceptions for every kind of damage.
         with contextlib.suppress(Exception), np.load(file) as kept:
             arrays = {name: kept[name] for name in kept.files}
-            if arrays.pop("key") == key and fits(arrays):
+            unread = np.delete(np.array(paths), np.unique(arrays["files"])).tolist()
+            if arrays.pop("key") == key and not len(decode(unread)["files"]):
                 return arrays
-    arrays = decode()
+    arrays = decode(paths)
     with contextlib.suppress(OSError, UserError):
         os.makedirs(cache_dir, exist_ok=True)
         with replace_when_complete(file) as temporary:
@@ -49,7 +43,7 @@ def remembered(paths, cache_dir, decode, fits):
     return arrays
 
 
-def state_of(paths, folder):
+def state_of(paths: list[Path], folder: str) -> str:
     """One number for names, sizes and times of files in a folder, as hexadecimal text."""
     digest = hashlib.sha256()
     for path in paths:

@@ -1,8 +1,6 @@
 """Where the images come from: CIFAR-10, photographs inside scikit-image, or any image folder.
 
-Each source gives three splits and the name that every result carries. Their images are thumbnails
-of 32×32 pixels, or, for training on crops, photographs as large as they are. `load_images` is the
-door.
+They are thumbnails of 32×32 pixels or, for training on crops, photographs as large as they are.
 """
 
 import hashlib
@@ -19,7 +17,7 @@ from skimage.transform import downscale_local_mean
 from tqdm import tqdm
 
 from common.user_errors import UserError, printable, reason
-from images.image_cache import remembered
+from images.image_cache import cached_decode
 from images.photo_files import read_rgb
 
 SIZE = 32  # side of a thumbnail, pixels
@@ -47,11 +45,10 @@ class Split:
         return len(self.images)
 
     def __getitem__(self, index):
-        images = self.images
-        if isinstance(images, list):
-            images = [images[i] for i in torch.arange(len(images))[index].tolist()]
+        if isinstance(self.images, list):
+            images = [self.images[i] for i in torch.arange(len(self))[index].tolist()]
         else:
-            images = images[index]
+            images = self.images[index]
         return Split(images, self.labels[index], self.lossless[index])
 
 
@@ -66,7 +63,7 @@ class ImageSource:
     test: Split
     classes: list
 
-    def sha256(self):
+    def sha256(self) -> str:
         """Of pixels, labels, kinds of files and order of all three splits, as hexadecimal text."""
         digest = hashlib.sha256()
         for split in (self.train, self.val, self.test):
@@ -77,25 +74,19 @@ class ImageSource:
         return digest.hexdigest()
 
 
-def load_images(dataset, data_dir="./data", seed=42, crop=None, test_only=False):
+def load_images(
+    dataset: str, data_dir: str | Path = "./data", seed=42, crop: int | None = None, test_only=False
+) -> ImageSource:
     """Loads an image source.
 
     Args:
         dataset: "cifar10", "photos", or the path of a folder with train/ and test/.
-        data_dir: where CIFAR-10 is or gets downloaded to, and where the thumbnails of a large
-            folder are kept.
+        data_dir: of CIFAR-10, which may be downloaded, and of the thumbnails of a large folder.
         seed: of the random train/validation split (photos are split by photograph instead).
-        crop: side of the crops that training draws; photographs, also those of a folder, then stay
-            whole. None makes thumbnails of them.
-        test_only: of a folder, read the test images alone: those in test/ or, without such a
-            folder, all that it holds.
+        crop: side of the crops that training draws from whole photographs; None: thumbnails.
+        test_only: of a folder, read test/ alone or, where there is none, all that it holds.
 
-    Returns:
-        ImageSource.
-
-    Raises:
-        UserError: the images cannot be had, or are smaller than a crop; the message names a way
-            out.
+    Raises a UserError if the images cannot be had, or are smaller than a crop.
     """
     if dataset == "photos":
         return _load_photos(crop)
@@ -115,22 +106,26 @@ def _divide(split, groups, seed, share=VALIDATION_SHARE):
     return split[~is_val], split[is_val]
 
 
-def _load_cifar10(data_dir, seed):
+def download_cifar10(data_dir: str | Path, advice: str) -> list:
+    """torchvision's training and test set, which are in data_dir or get downloaded there.
+
+    Raises a UserError that ends with the advice if they cannot be had.
+    """
     from torchvision.datasets import CIFAR10  # takes a second to import, and only CIFAR needs it
 
     try:
-        sets = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
+        return [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors
-        raise UserError(
-            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}); use "
-            "--dataset photos, which needs no download, or --dataset FOLDER with your own images"
-        ) from None
-    splits = []
-    for data in sets:
-        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-        splits.append(Split(images, torch.tensor(data.targets), torch.ones(len(images)) > 0))
-    train, val = _divide(splits[0], torch.arange(len(splits[0])), seed)
-    return ImageSource("CIFAR-10", "cifar10", train, val, splits[1], sets[0].classes)
+        where = f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error})"
+        raise UserError(f"{where}; {advice}") from None
+
+
+def _load_cifar10(data_dir, seed):
+    advice = "use --dataset photos, which needs no download, or your own --dataset FOLDER"
+    sets = download_cifar10(data_dir, advice)
+    both, test = (_split(data.data, data.targets, [True] * len(data.data), None) for data in sets)
+    train, val = _divide(both, torch.arange(len(both)), seed)
+    return ImageSource("CIFAR-10", "cifar10", train, val, test, sets[0].classes)
 
 
 def _crops(image, stride, most=None):
@@ -146,30 +141,34 @@ def _load_photos(crop):
     classes = [name for names in PHOTOS.values() for name in names]
     splits = {}
     for part, names in PHOTOS.items():
-        stride = SIZE // 4 if part == "train" else SIZE // 2
         images, labels = [], []
         for name in names:
             photo = getattr(skimage.data, name)()
             photo = photo[0] if name == "stereo_motorcycle" else photo  # the left view
-            before = len(images)
-            if crop and min(photo.shape[:2]) < crop:
+            height, width = photo.shape[:2]
+            if crop and min(height, width) < crop:
                 raise UserError(
                     f"--crop {crop}: {name}, one of the photographs inside scikit-image, has only "
-                    f"{photo.shape[1]}×{photo.shape[0]} pixels"
+                    f"{width}×{height} pixels"
                 )
-            if crop:
-                images.append(photo)
-            for scale in () if crop else (3, 4, 6, 8):  # thumbnails, as busy as CIFAR's
-                small = downscale_local_mean(photo.astype(np.float32), (scale, scale, 1))
-                if min(small.shape[:2]) >= SIZE:
-                    images.extend(_crops(small.round().astype(np.uint8), stride))
-            labels += [classes.index(name)] * (len(images) - before)
+            stride = SIZE // 4 if part == "train" else SIZE // 2
+            found = [photo] if crop else _thumbnails(photo, stride)
+            images.extend(found)
+            labels += [classes.index(name)] * len(found)
         splits[part] = _split(images, labels, [True] * len(images), crop)
     return ImageSource("photos", "photos", **splits, classes=classes)
 
 
+def _thumbnails(photo, stride):
+    """Crops of a reduced photograph, as busy as the images of CIFAR-10."""
+    steps = [(scale, scale, 1) for scale in (3, 4, 6, 8)]
+    reduced = [downscale_local_mean(photo.astype(np.float32), step).round() for step in steps]
+    large = [image.astype(np.uint8) for image in reduced if min(image.shape[:2]) >= SIZE]
+    return np.concatenate([_crops(image, stride) for image in large])
+
+
 def _split(images, labels, lossless, crop):
-    """Split of arrays [h, w, 3], whole ones for training on crops, otherwise all of a size."""
+    """Split of arrays [h, w, 3], whole ones for training on crops, else all of one size."""
     if crop:
         images = [torch.tensor(image).permute(2, 0, 1).contiguous() for image in images]
     else:
@@ -177,22 +176,19 @@ def _split(images, labels, lossless, crop):
     return Split(images, torch.tensor(labels), torch.as_tensor(lossless))
 
 
-def list_images(folder):
-    """All files below a folder, sorted, links followed, hidden files and folders left out.
-
-    Raises:
-        UserError: a part of it cannot be read.
-    """
+def list_images(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, links followed, hidden ones left out; or a UserError."""
 
     def refuse(error):
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
 
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        place = os.path.realpath(root)
-        folders[:] = [] if place in seen else [n for n in folders if not n.startswith(".")]
-        names = [] if place in seen else names
+        if (place := os.path.realpath(root)) in seen:  # there already, by another link
+            folders.clear()
+            continue
         seen.add(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(root, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
@@ -209,80 +205,49 @@ def _load_folder(folder, data_dir, seed, crop, test_only):
     for part, place in parts.items():
         if not os.path.isdir(place):
             raise UserError(f"{folder} has no {part}/ folder; put {part} images into it")
-    paths = {part: list_images(place) for part, place in parts.items()}
-    # The class of a file is its sub-folder of train/ or test/, where it has one.
-    class_of = {
-        path: path.relative_to(place).parts[0] if path.parent != place else ""
-        for part, place in parts.items()
-        for path in paths[part]
-    }
-    class_of = {path: printable(name) for path, name in class_of.items()}
+    paths, class_of = {}, {}
+    for part, place in parts.items():
+        paths[part] = list_images(place)
+        for path in paths[part]:
+            below = path.relative_to(place).parts  # the class is a sub-folder, where there is one
+            class_of[path] = printable(below[0]) if len(below) > 1 else ""
     classes = sorted(set(class_of.values()))
     train = val = None
     if not test_only:
-        share = WHOLE_VALIDATION_SHARE if crop else VALIDATION_SHARE
         both = _read_split(parts["train"], paths["train"], class_of, classes, crop, 2, data_dir)
-        train, val = _divide(*both, seed, share)
+        train, val = _divide(*both, seed, WHOLE_VALIDATION_SHARE if crop else VALIDATION_SHARE)
     test, _ = _read_split(parts["test"], paths["test"], class_of, classes, crop, 1, data_dir)
     name = printable(f"folder {folder.resolve().name}")
     return ImageSource(name, str(folder.resolve()), train, val, test, classes)
 
 
-def least_side(crop):
-    """Of an image that can be used, pixels."""
-    return max(crop, LEAST_SIDE) if crop else SIZE
-
-
 def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     """(Split, int64 [n], the file that each image is from) of image files, of `fewest` at least."""
-    decode = partial(_decode, folder, paths, crop)
-    of_these = partial(_can_be_decoded_from, folder, paths)
-    found = decode() if crop else remembered(paths, data_dir, decode, of_these)
-    skipped = ""
-    if len(found["skipped"]):
-        named = "; ".join(found["skipped"][:5]) + ("; …" if len(found["skipped"]) > 5 else "")
-        skipped = f"skipped {len(found['skipped'])} of {len(paths)} files in {folder}: {named}"
+    least = max(crop, LEAST_SIDE) if crop else SIZE  # side of an image that can be used
+    decode = partial(_decode, folder, crop=crop, least=least)
+    found = decode(paths) if crop else cached_decode(paths, data_dir, decode)
+    skipped = found["skipped"]
+    named = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
+    warning = f"skipped {len(skipped)} of {len(paths)} files in {folder}: {named}"
     files, group = np.unique(found["files"], return_inverse=True)
     if len(files) < fewest:
-        least = least_side(crop)
         raise UserError(
-            f"{folder} holds {len(files)} readable image files of at least "
-            f"{least}×{least} pixels; training takes 2 or more and testing 1"
-            + (f" ({skipped})" if skipped else "")
+            f"{folder} holds {len(files)} readable image files of at least {least}×{least} pixels; "
+            "training takes 2 or more and testing 1" + (f" ({warning})" if len(skipped) else "")
         )
-    if skipped:
-        print(printable(f"warning: {skipped}"), file=sys.stderr)
+    if len(skipped):
+        print(printable(f"warning: {warning}"), file=sys.stderr)
     labels = [classes.index(class_of[paths[file]]) for file in found["files"]]
     return _split(found["images"], labels, found["lossless"], crop), torch.from_numpy(group)
 
 
-def _can_be_decoded_from(folder, paths, found):
-    """Whether `found` is what `_decode` makes of these files today.
-
-    Those that were skipped are tried again: there may be more memory now, or another decoder.
+def _decode(folder, paths, crop, least):
+    """ "images", whole where there is a crop, else [n, 32, 32, 3], of each the index of its file,
+    "files", and whether that is "lossless"; and which were "skipped".
     """
-    images, files, lossless, skipped = (
-        found[name] for name in ("images", "files", "lossless", "skipped")
-    )
-    kinds = [(images.dtype, images.shape[1:]), files.dtype, lossless.dtype, skipped.dtype.kind]
-    return (
-        kinds == [(np.uint8, (SIZE, SIZE, 3)), np.int64, bool, "U"]
-        and files.shape == lossless.shape == images.shape[:1]
-        and skipped.ndim == 1
-        and (np.diff(files, prepend=0) >= 0).all()
-        and (files < len(paths)).all()
-        and not len(_decode(folder, np.delete(paths, files).tolist(), None)["files"])
-    )
-
-
-def _decode(folder, paths, crop):
-    """What image files hold: "images", whole where there is a crop, otherwise [n, 32, 32, 3]; for
-    each the index of its file, "files", and whether that is "lossless"; which were "skipped".
-    """
-    images, lossless, files, skipped, least = [], [], [], [], least_side(crop)
-    for index, path in enumerate(
-        tqdm(paths, f"reading {folder.name}", unit="file", leave=False, disable=None)
-    ):
+    images, lossless, files, skipped = [], [], [], []
+    bar = tqdm(paths, f"reading {folder.name}", unit="file", leave=False, disable=None)
+    for index, path in enumerate(bar):
         try:
             image, kept_all = read_rgb(path)
             if min(image.shape[:2]) < least:
@@ -295,11 +260,6 @@ def _decode(folder, paths, crop):
         lossless += [kept_all] * len(parts)
         files += [index] * len(parts)
     if not crop:
-        images = np.stack(images) if images else np.empty((0, SIZE, SIZE, 3), np.uint8)
-    files, lossless = np.array(files, np.int64), np.array(lossless, bool)
-    return {
-        "images": images,
-        "files": files,
-        "lossless": lossless,
-        "skipped": np.array(skipped, str),
-    }
+        images = np.array(images, np.uint8).reshape(-1, SIZE, SIZE, 3)
+    found = {"files": np.array(files, np.int64), "lossless": np.array(lossless, bool)}
+    return {"images": images, **found, "skipped": np.array(skipped, str)}

@@ -5,6 +5,8 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -18,7 +20,6 @@ from common.user_errors import UserError
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF")
 LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # as a rule; TIFF and WebP are asked
 WRITTEN = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # others lose alpha or profile
-GREY_MODES = ("1", "L", "LA", "La")
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -32,17 +33,10 @@ class Photo:
     lossless: bool = True  # whether the file stores it without loss
 
 
-def read_photo(path):
-    """Reads a file; palettes, CMYK and other colours become RGB.
+def read_photo(path: Path | str) -> Photo:
+    """Reads an image file of FORMATS; palettes, CMYK and other colours become RGB.
 
-    Args:
-        path: an image file of FORMATS.
-
-    Returns:
-        Photo.
-
-    Raises:
-        Exception: of any kind: it is no such image, damaged, or of values of unknown range.
+    Raises an Exception of any kind: it is no such image, damaged, or of values of unknown range.
     """
     if not os.path.isfile(path):  # a pipe would be waited for
         raise ValueError("no file, or a link to none")
@@ -60,9 +54,8 @@ def read_photo(path):
             deep = is_deep(image, file)
             array = (deep_pixels if deep else plain_pixels)(image, file)
             # Asked now, since Pillow turns TIFFs itself when it reads them, as OpenCV does.
-            orientation = image.getexif().get(ORIENTATION, 1)
-            orientation = 1 if deep and image.format == "TIFF" else orientation
-    array = turned(array, orientation)
+            if not (deep and image.format == "TIFF"):
+                array = turned(array, image.getexif().get(ORIENTATION, 1))
     has_alpha = array.shape[2] in (2, 4)
     pixels, alpha = np.split(array, [array.shape[2] - has_alpha], axis=2)
     space = {1: b"GRAY", 3: b"RGB "}[pixels.shape[2]]
@@ -71,14 +64,10 @@ def read_photo(path):
     return Photo(pixels, alpha if has_alpha else None, profile, lossless)
 
 
-def read_rgb(path):
-    """Reads a file as uint8 RGB: grey becomes colour, alpha is laid over white.
+def read_rgb(path: Path | str) -> tuple[np.ndarray, bool]:
+    """Reads a file as `read_photo` does, but as uint8 RGB [h, w, 3], and whether it is lossless.
 
-    Returns:
-        (array [h, w, 3], whether the file stores it without loss).
-
-    Raises:
-        Exception: as read_photo does.
+    Grey becomes colour, alpha is laid over white.
     """
     photo = read_photo(path)
     pixels, alpha = photo.pixels, photo.alpha
@@ -91,11 +80,9 @@ def read_rgb(path):
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3)), photo.lossless
 
 
-def stored_lossless(image, file):
-    """Whether an opened image's file stores its pixels without loss; its name does not tell.
-
-    JPEG 2000 counts as lossy: also of what its reversible wavelet made, a part can be left out.
-    """
+def stored_lossless(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether an opened image's file stores its pixels without loss; its name does not tell."""
+    # JPEG 2000 counts as lossy: also of what its reversible wavelet made, a part can be left out.
     if image.format == "TIFF":
         return image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
     if image.format == "WEBP":
@@ -109,11 +96,10 @@ def stored_lossless(image, file):
     return image.format in LOSSLESS
 
 
-def is_deep(image, file):
+def is_deep(image: Image.Image, file: BinaryIO) -> bool:
     """Whether a PNG or TIFF has 16 bits, of which Pillow drops half where there are colours.
 
-    Raises:
-        ValueError: a TIFF is of a layout of which Pillow makes other values than the file's.
+    Raises a ValueError for a TIFF of which Pillow makes other values than the file's.
     """
     if image.format == "PNG":
         file.seek(24)
@@ -130,13 +116,12 @@ def is_deep(image, file):
         raise ValueError("TIFF of signed numbers, of a range that the file does not tell")
     premultiplied = extra in (1, (1,))  # colours by alpha, which Pillow undoes for 8 bits
     if bits == {16} and (photometric == 0 or planar == 2 or premultiplied):
-        raise ValueError(
-            "TIFF of 16 bits, inverted, in planes or premultiplied; save it in another way"
-        )
+        layout = "inverted, in planes or premultiplied"
+        raise ValueError(f"TIFF of 16 bits, {layout}; save it in another way")
     return bits == {16}
 
 
-def deep_pixels(image, file):
+def deep_pixels(image: Image.Image, file: BinaryIO) -> np.ndarray:
     """uint16 [h, w, C] of a PNG or TIFF opened by Pillow."""
     file.seek(0)
     if image.format == "PNG":  # OpenCV reserves the gigabytes that a damaged chunk claims
@@ -160,7 +145,7 @@ def deep_pixels(image, file):
     return array
 
 
-def plain_pixels(image, file):
+def plain_pixels(image: Image.Image, file: BinaryIO) -> np.ndarray:
     """uint8 [h, w, C] of an image opened by Pillow, or uint16 where it is grey of 16 bits."""
     # Pillow has 16 bits in one of these modes, depending on its release.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
@@ -171,14 +156,14 @@ def plain_pixels(image, file):
         file.seek(24)  # less than 8 bits, to which Pillow stretches them, but not the clear value
         most = 2 ** file.read(1)[0] - 1
         image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
-    mode = "L" if image.mode in GREY_MODES else "RGB"
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     mode += "A" * image.has_transparency_data
     # Converting to its own mode would copy it, which takes a large one beyond 2 GiB.
     array = np.asarray(image if image.mode == mode else image.convert(mode))
     return array.reshape(*array.shape[:2], -1)
 
 
-def turned(array, orientation):
+def turned(array: np.ndarray, orientation: int) -> np.ndarray:
     """Applies an EXIF orientation, 1 to 8; of another value, nothing."""
     if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
@@ -187,10 +172,7 @@ def turned(array, orientation):
     return array[::-1] if orientation in (3, 4, 7, 8) else array
 
 
-# Writing -------------------------------------------------------------------------------------
-
-
-def check_format(photo, path):
+def check_format(photo: Photo, path: Path) -> None:
     """Raises a UserError if the format that the name of the file asks for cannot hold the Photo."""
     deep, suffix = photo.pixels.dtype == np.uint16, path.suffix.lower()
     no_16_bits = deep and suffix not in (".png", ".tif", ".tiff")
@@ -199,12 +181,8 @@ def check_format(photo, path):
         raise UserError(f"cannot write {path}: {suffix} has no {lacks}; name a .png file")
 
 
-def write_photo(photo, path):
-    """Writes a Photo in the format that the name of the file asks for.
-
-    Raises:
-        UserError: it cannot be written, or not in this format.
-    """
+def write_photo(photo: Photo, path: Path) -> None:
+    """Writes a Photo in the format that the file's name asks for, or raises a UserError."""
     check_format(photo, path)
     array, profile, suffix = photo.pixels, photo.icc_profile, path.suffix.lower()
     deep, grey = array.dtype == np.uint16, array.shape[2] == 1
@@ -236,7 +214,7 @@ def write_photo(photo, path):
             raise UserError(f"cannot write {path}: {why}; name a .png file") from None
 
 
-def deep_png(array, profile):
+def deep_png(array: np.ndarray, profile: bytes | None) -> bytes:
     """The bytes of a PNG of uint16 [h, w, C], grey or colours, with alpha or without; neither
     Pillow nor OpenCV writes all of them, nor the profile.
     """

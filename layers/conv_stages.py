@@ -1,14 +1,15 @@
-"""The convolutional encoder and decoder of the refined model: image to tokens, and back.
+"""Convolutional encoder and decoder, image to tokens and back, and the padding before them.
 
 h and w are the height and width of the feature map at hand, C its channels, D those of a token, L
 the number of resolutions.
 """
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -69,10 +70,8 @@ def gate(x):
 
 
 def make_stages(channels, depth):
-    """A dense residual pair at full resolution, `depth` NAF blocks at each of the coarser ones.
-
-    At full resolution such a pair takes a CPU less time than a NAF block.
-    """
+    """A dense residual pair at full resolution, `depth` NAF blocks at each of the coarser ones."""
+    # At full resolution such a pair takes a CPU less time than a NAF block.
     nafs = [nn.Sequential(*(NAFBlock(c) for _ in range(depth))) for c in channels[1:]]
     return nn.ModuleList([ResidualConv(channels[0]), *nafs])
 
@@ -88,15 +87,13 @@ class ConvEncoder(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.stages = make_stages(channels, depth)
-        self.downs = nn.ModuleList(
-            nn.Conv2d(c, coarser, 2, stride=2)
-            for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
-        )
+        pairs = pairwise((*channels, d_model))
+        self.downs = nn.ModuleList(nn.Conv2d(few, many, 2, stride=2) for few, many in pairs)
 
     def forward(self, image):
-        x, features = self.stem(in_fastest_layout(image)), []  # [B, channels[0], h, w]
+        x, features = self.stem(in_fastest_layout(image)), []
         for stage, down in zip(self.stages, self.downs, strict=True):
-            features.append(stage(x))  # [B, channels[l], h / 2^l, w / 2^l]
+            features.append(stage(x))
             x = down(features[-1])
         return x, features
 
@@ -106,25 +103,30 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, channels, depth, d_model):
         super().__init__()
-        self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(coarser, c, 2, stride=2)
-            for c, coarser in zip(channels, (*channels[1:], d_model), strict=True)
-        )
+        pairs = pairwise((*channels, d_model))
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(many, few, 2, stride=2) for few, many in pairs)
         self.stages = make_stages(channels, depth)
         self.head = nn.Conv2d(channels[0], 3, 3, padding=1)
 
     def forward(self, x, features):
         for level in reversed(range(len(features))):
-            x = self.stages[level](self.ups[level](x) + features[level])  # that of features[level]
+            x = self.stages[level](self.ups[level](x) + features[level])
         return self.head(x)  # [B, 3, h, w]
 
 
 def in_fastest_layout(image):
-    """The image in the layout in which convolutions are faster and tokens need no copy.
-
-    On a GPU that is channels-last for bfloat16, but not for float32.
-    """
-    kind = image.device.type
+    """The image in the layout in which convolutions are faster and tokens need no copy."""
+    kind = image.device.type  # on a GPU, channels-last is faster for bfloat16, but not for float32
     if kind == "cpu" or (kind == "cuda" and torch.is_autocast_enabled("cuda")):
         return image.contiguous(memory_format=torch.channels_last)
+    return image
+
+
+def reflected(image: Tensor, rows: int, columns: int) -> Tensor:
+    """Continues images [..., h, w] by reflection, downwards and to the right, however small."""
+    for dim, more in ((-2, rows), (-1, columns)):
+        if more:
+            size = image.shape[dim]
+            index = torch.arange(size + more, device=image.device) % max(1, 2 * size - 2)
+            image = image.index_select(dim, torch.minimum(index, (2 * size - 2 - index).abs()))
     return image

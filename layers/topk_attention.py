@@ -1,7 +1,4 @@
-"""Exact top-k attention, for short and for long sequences; it needs torch alone.
-
-`topk_attention` is the entry point. What follows it are the ways to compute its one result.
-"""
+"""Exact top-k attention, for short and for long sequences, and the ways to compute it."""
 
 import os
 
@@ -11,15 +8,13 @@ from torch.utils.checkpoint import checkpoint
 
 from layers import topk_kernel
 
-# TOPK_KERNEL=0 in the environment switches the kernel for GPUs off.
-USE_KERNEL = os.environ.get("TOPK_KERNEL") != "0"
+USE_KERNEL = os.environ.get("TOPK_KERNEL") != "0"  # 0 switches the kernel for GPUs off
 # Scores held at a time, 64 MiB in float32: longer sequences are processed in blocks of queries.
 MAX_SCORES = 2**24
 # Among such sequences, with this many times more keys than are kept, reading the kept ones alone
 # beats matrix products.
 SPARSE_RATIO = 16
-# Keys that the sparse way can keep beyond k_attend because they tie with the last one.
-TIES = 8
+TIES = 8  # keys that the sparse way can keep beyond k_attend because they tie with the last
 
 
 def topk_attention(query, key, value, k_attend):
@@ -28,7 +23,7 @@ def topk_attention(query, key, value, k_attend):
     softmax over {j : s_ij among the k_attend largest of row i}, with s = query keyᵀ / √d_head
     ("Explicit Sparse Transformer", Zhao et al. 2019). The selection is exact.
     Keys that tie with the k-th largest score are all kept, so that the result never depends on
-    the order of the keys. One result, computed in one of five ways:
+    the order of the keys. Memory grows linearly with the number of tokens. There are five ways:
 
     - k_attend >= N_k is dense attention;
     - on a GPU with Triton, short sequences are one kernel, see `layers/topk_kernel.py`;
@@ -39,19 +34,8 @@ def topk_attention(query, key, value, k_attend):
     - and if, besides, k_attend <= N_k / SPARSE_RATIO, only the selected scores of each block are
       kept, and all that follows, backward pass included, costs O(N_q · k_attend).
 
-    Memory grows linearly with the number of tokens.
-
-    Args:
-        query: [..., N_q, d_head].
-        key: [..., N_k, d_head], the leading dimensions those of the query.
-        value: [..., N_k, d_value], as well.
-        k_attend: keys kept per query, at least 1; at N_k and above this is dense attention.
-
-    Returns:
-        [..., N_q, d_value].
-
-    Raises:
-        ValueError: k_attend is below 1.
+    query [..., N_q, d_head], key [..., N_k, d_head], value [..., N_k, d_value], all of the same
+    leading dimensions -> [..., N_q, d_value]. Raises a ValueError if k_attend is below 1.
     """
     if k_attend < 1:
         raise ValueError(f"k_attend must be at least 1, got {k_attend}")
@@ -68,17 +52,10 @@ def topk_attention(query, key, value, k_attend):
         attended = attend_to_selected(query, key, value, k_attend, block)
         if attended is not None:
             return attended
+    # Nothing here is random, and a CUDA graph could not record the random state.
+    options = {"use_reentrant": False, "preserve_rng_state": False}
     blocks = [
-        # Nothing here is random, and a CUDA graph could not record the random state.
-        checkpoint(
-            attend_by_masking,
-            part,
-            key,
-            value,
-            k_attend,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        checkpoint(attend_by_masking, part, key, value, k_attend, **options)
         for part in query.split(block, dim=-2)
     ]
     return torch.cat(blocks, dim=-2)
@@ -101,12 +78,7 @@ def attend_by_masking(query, key, value, k_attend):
 
 
 def attend_to_selected(query, key, value, k_attend, block):
-    """Reads the selected keys and values alone; query is scaled.
-
-    Returns:
-        [..., N_q, d_value], or None where more than TIES keys tie with the k-th: there is no room
-        for them.
-    """
+    """Reads the selected keys and values alone; query is scaled. None: more than TIES keys tie."""
     width = k_attend + TIES
     groups = (t.reshape(-1, *t.shape[-2:]) for t in (query, key))
     scores, indices = BestScores.apply(*groups, width + 1, block)  # each [G, N_q, width + 1]
@@ -120,11 +92,8 @@ def attend_to_selected(query, key, value, k_attend, block):
 
 def weighted_rows(table, indices, weights):
     """Σ_j weights[..., j] · table[indices[..., j]], which materialises no selected row."""
-    width = indices.shape[-1]
-    weights = weights.reshape(-1, width)
-    return F.embedding_bag(
-        indices.reshape(-1, width), table, per_sample_weights=weights, mode="sum"
-    )
+    indices, weights = (t.reshape(-1, indices.shape[-1]) for t in (indices, weights))
+    return F.embedding_bag(indices, table, per_sample_weights=weights, mode="sum")
 
 
 class BestScores(torch.autograd.Function):
@@ -136,8 +105,7 @@ class BestScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, width, block):
-        groups, num_queries, _ = query.shape
-        num_keys = key.shape[1]
+        groups, num_queries, num_keys = *query.shape[:2], key.shape[1]
         best = query.new_empty(groups, num_queries, width)
         indices = torch.empty_like(best, dtype=torch.int64)
         # One buffer for all blocks: new ones in each would fragment the heap.

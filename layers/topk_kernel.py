@@ -1,9 +1,8 @@
 """Top-k attention of short sequences as one Triton kernel: scores, selection, softmax and values.
 
-Whole rows of scores stay in registers, so that nothing of [N_q, N_k] is written to memory. Exact,
-forward and backward; ties are kept as in `topk_attention.py`, whose results these are within the
-rounding of float32. `topk_attention` uses it on a GPU unless the environment has TOPK_KERNEL=0.
-With TRITON_INTERPRET=1 it runs, slowly, on a CPU.
+Whole rows of scores stay in registers, so that nothing of [N_q, N_k] is written to memory. The
+results are those of `topk_attention.py` within the rounding of float32, forward and backward, ties
+included. With TRITON_INTERPRET=1 it runs, slowly, on a CPU.
 """
 
 import torch
@@ -20,12 +19,11 @@ ROWS = 32  # queries of a block
 
 def fits(query, key, value):
     """Whether the kernel can do it: [B, H, N, d] of one dtype, N_k <= MOST_KEYS, and Triton."""
-    same = query.dtype == key.dtype == value.dtype and key.shape == value.shape
     return (
         triton is not None
         and query.ndim == key.ndim == 4
-        and same
-        and query.dtype in (torch.float32, torch.bfloat16)
+        and key.shape == value.shape
+        and query.dtype == key.dtype == value.dtype in (torch.float32, torch.bfloat16)
         and query.shape[:2] == key.shape[:2]
         and query.shape[3] == key.shape[3] in (16, 32, 64)
         and 1 <= key.shape[2] <= MOST_KEYS
@@ -34,16 +32,7 @@ def fits(query, key, value):
 
 
 def topk_attention_short(query, key, value, k_attend):
-    """softmax over the k_attend largest of each row of query keyᵀ / √d_head, times value.
-
-    Args:
-        query: float32 or bfloat16 [B, H, N_q, d_head], d_head 16, 32 or 64; any strides.
-        key, value: the same, [B, H, N_k, d_head], N_k at most MOST_KEYS.
-        k_attend: keys kept per query, at least 1; those that tie with the last are kept as well.
-
-    Returns:
-        [B, H, N_q, d_head], of the query's dtype.
-    """
+    """As `topk_attention.topk_attention`, of what `fits`, with any strides."""
     return _TopKAttention.apply(query, key, value, k_attend)
 
 
@@ -55,13 +44,12 @@ class _TopKAttention(torch.autograd.Function):
         out = _new(query)
         threshold = query.new_empty(batch, heads, queries, dtype=torch.float32)
         log_sum = torch.empty_like(threshold)
-        counts = (stride, heads, queries, key.shape[2])
+        tensors = (query, key, value, out, threshold, log_sum)
+        ctx.counts = (stride, heads, queries, key.shape[2])
         _forward[(batch * heads, triton.cdiv(queries, ROWS))](
-            *(query, key, value, out, threshold, log_sum, *counts, k_attend, d_head**-0.5),
-            **_sizes(key),
+            *tensors, *ctx.counts, k_attend, d_head**-0.5, **_sizes(key)
         )
-        ctx.counts = counts
-        ctx.save_for_backward(query, key, value, out, threshold, log_sum)
+        ctx.save_for_backward(*tensors)
         return out
 
     @staticmethod
@@ -69,11 +57,9 @@ class _TopKAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, out, threshold, log_sum = ctx.saved_tensors
         grads = list(map(_new, (query, key, value)))
-        _backward[(query.shape[0] * query.shape[1],)](
-            *(query, key, value, out, _packed(grad), *grads, threshold, log_sum),
-            *(*ctx.counts, query.shape[3] ** -0.5),
-            **_sizes(key),
-        )
+        tensors = (query, key, value, out, _packed(grad), *grads, threshold, log_sum)
+        batch, heads, _, d_head = query.shape
+        _backward[(batch * heads,)](*tensors, *ctx.counts, d_head**-0.5, **_sizes(key))
         return *grads, None
 
 
@@ -101,13 +87,10 @@ def _in_one_layout(*tensors):
 
 def _sizes(key):
     keys = max(16, triton.next_power_of_2(key.shape[2]))
-    sizes = {"D": key.shape[3], "KEYS": keys, "ROWS": ROWS, "PRECISION": _precision(key)}
+    # TF32 holds every bfloat16; three products of it are as exact as float32.
+    precision = "tf32" if key.dtype == torch.bfloat16 else "tf32x3"
+    sizes = {"D": key.shape[3], "KEYS": keys, "ROWS": ROWS, "PRECISION": precision}
     return sizes | {"num_stages": 1}  # more would take more shared memory than there is
-
-
-def _precision(key):
-    """TF32 holds every bfloat16; three products of it are as exact as float32."""
-    return "tf32" if key.dtype == torch.bfloat16 else "tf32x3"
 
 
 if triton is not None:

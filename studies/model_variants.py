@@ -3,12 +3,13 @@
 import copy
 import functools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter
 from layers.conv_stages import in_fastest_layout
@@ -57,7 +58,7 @@ class FirstChoiceRouter(nn.Module):
         return F.one_hot(routing.argmax(-1), routing.shape[-1]).to(routing.dtype)
 
 
-def with_routers(model, make_router):
+def with_routers(model: SmallViT, make_router: Callable) -> SmallViT:
     """The model with every router replaced by make_router(that router, number of experts)."""
     for module in model.modules():
         if isinstance(module, AdaptiveAttentionMoE):
@@ -65,55 +66,44 @@ def with_routers(model, make_router):
     return model
 
 
-def replaced_parts(model, tokens):
+def replaced_parts(model: SmallViT, tokens: int) -> dict[str, SmallViT]:
     """{what was replaced: model}, of the same weights otherwise; for images of so many tokens."""
-    variants = {"as trained": copy.deepcopy(model)}
-    for name, make_router in (
-        ("uniform routing weights", lambda _, n: UniformRouter(n)),
-        ("random routing weights", lambda _, n: RandomRouter(tokens, n)),
-        ("first-choice expert alone", lambda router, _: FirstChoiceRouter(router)),
-    ):
-        variants[name] = with_routers(copy.deepcopy(model), make_router)
+    routers = {
+        "as trained": lambda router, _: router,
+        "uniform routing weights": lambda _, experts: UniformRouter(experts),
+        "random routing weights": lambda _, experts: RandomRouter(tokens, experts),
+        "first-choice expert alone": lambda router, _: FirstChoiceRouter(router),
+    }
+    variants = {name: with_routers(copy.deepcopy(model), make) for name, make in routers.items()}
     for keys in (64, 32, 16, 8, 4, 1):
-        budgets = (keys,) * len(model.config.k_attend)
-        variant = SmallViT(replace(model.config, k_attend=budgets))
+        variant = SmallViT(replace(model.config, k_attend=(keys,) * len(model.config.k_attend)))
         variant.load_state_dict(model.state_dict())
         variants[f"every expert keeps {keys} keys"] = variant
     return variants
 
 
-# Which tokens attend --------------------------------------------------------------------------
+# Which tokens attend: of [B, N, E + 1] the [B, N] ranks; the lowest attend ---------------------
 
 
-def by_chance(block, routing):
+def by_chance(block: int, routing: Tensor) -> Tensor:
     """Any tokens, drawn anew for every image and block."""
     return torch.rand(routing.shape[:2], device=routing.device)
 
 
-def by_pattern(block, routing):
-    """The same places in every image, as far apart as can be; in every second block the others."""
-    return in_turn(spread_ranks(routing.shape[1], routing.device), block, routing)
-
-
-def by_halves(block, routing):
-    """The same places in every image, drawn once; in every second block the others."""
-    return in_turn(drawn_ranks(routing.shape[1], routing.device), block, routing)
-
-
-def in_turn(ranks, block, routing):
-    """[N] -> [B, N]: a fixed order of the places, from behind in every second block."""
-    ranks = ranks.expand(len(routing), -1)
+def by_place(ranks_of: Callable, block: int, routing: Tensor) -> Tensor:
+    """The same places in every image, in every second block the others."""
+    ranks = ranks_of(routing.shape[1], routing.device).expand(len(routing), -1)
     return -ranks if block % 2 else ranks
 
 
 @functools.cache  # once on each device: a CUDA graph cannot record a copy to it
-def drawn_ranks(tokens, device):
+def drawn_ranks(tokens: int, device: torch.device) -> Tensor:
     """Ranks in an order that is drawn once, int64 [tokens]."""
     return torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 @functools.cache
-def spread_ranks(tokens, device=None):
+def spread_ranks(tokens: int, device: torch.device | None = None) -> Tensor:
     """Ranks of a square grid's tokens, int64 [tokens]: however many come first, they lie evenly.
 
     The threshold matrix of ordered dithering ("An optimum method for two-level rendition of
@@ -126,13 +116,12 @@ def spread_ranks(tokens, device=None):
     return order[:side, :side].flatten()[:tokens].argsort(stable=True).argsort().to(device)
 
 
-def with_choice(model, choice):
-    """The model, in whose blocks choice(number of the block, routing) ranks the tokens.
-
-    The router goes on to weigh those that it does not choose.
+def with_choice(model: SmallViT, choice: Callable) -> SmallViT:
+    """The model, in whose blocks choice(number of the block, routing) ranks the tokens. The router
+    goes on to weigh those that it does not choose.
     """
     for number, block in enumerate(model.blocks):
-        block.attention.reluctance = partial(choice, number)
+        block.attention.rank_tokens = partial(choice, number)
     return model
 
 
@@ -140,7 +129,7 @@ class NoisiestAttend(SmallViT):
     """The tokens of the noisiest patches attend: a rule made by hand in place of a learned choice.
 
     Noise is what a filter leaves that takes out the image's Laplacian ("Fast Noise Variance
-    Estimation", Immerkær 1996). The router goes on to weigh those that it does not choose.
+    Estimation", Immerkær 1996).
     """
 
     def forward(self, noisy):
@@ -150,7 +139,7 @@ class NoisiestAttend(SmallViT):
         return super().forward(noisy)
 
 
-def noise_estimate(noisy, patch):
+def noise_estimate(noisy: Tensor, patch: int) -> Tensor:
     """[B, 3, h, w] -> [B, N], in proportion to σ in each patch of a flat image."""
     line = noisy.new_tensor([1.0, -2.0, 1.0])
     kernel = torch.outer(line, line).expand(noisy.shape[1], 1, 3, 3)
@@ -165,13 +154,9 @@ def noise_estimate(noisy, patch):
 class OneOfExperts(nn.Module):
     """Attention in which every token has the queries and the output of one expert.
 
-    Keys and values are shared, so that it computes as much as one expert for all tokens.
-
-    Args:
-        d_model, num_heads: as those of AdaptiveAttentionMoE.
-        num_experts: to choose among.
-        learned: whether a router chooses, and weighs its choice (Switch, Fedus et al. 2021); else
-            the place of a token does, scattered evenly over the 64 of an image.
+    Keys and values are shared, so that it computes as much as one expert for all tokens. A router
+    chooses, and weighs its choice (Switch, Fedus et al. 2021); if it is not `learned`, the place of
+    a token does, scattered evenly over the 64 of an image.
     """
 
     def __init__(self, d_model=128, num_heads=4, num_experts=3, learned=True):
@@ -198,7 +183,7 @@ class OneOfExperts(nn.Module):
         return self.merge(weight * by_expert(self.out_proj, attended, choice)), routing
 
 
-def by_expert(layers, x, choice):
+def by_expert(layers: nn.ModuleList, x: Tensor, choice: Tensor) -> Tensor:
     """[B, N, D] -> the same: every token by the layer that `choice` [B, N, 1] names."""
     flat, result = x.flatten(0, 1), torch.empty_like(x).flatten(0, 1)
     for expert, layer in enumerate(layers):
@@ -207,7 +192,7 @@ def by_expert(layers, x, choice):
     return result.view_as(x)
 
 
-def with_attention(model, make_layer):
+def with_attention(model: SmallViT, make_layer: Callable) -> SmallViT:
     """The model with every block's attention replaced by make_layer(), whose merge starts at 0."""
     for block in model.blocks:
         block.attention = make_layer()
@@ -231,10 +216,9 @@ class NoAttention(nn.Module):
 class DnCNN(nn.Module):
     """17 convolutions of 64 channels with batch normalisation that predict the noise.
 
-    "Beyond a Gaussian Denoiser", Zhang et al. 2017. [B, 3, h, w] -> [B, 3, h, w].
-
-    The inner convolutions start as the identity and the last at zero. Drawn at random, so many in
-    a row without skips blur each pixel's noise beyond recovery, and training hardly starts.
+    "Beyond a Gaussian Denoiser", Zhang et al. 2017. [B, 3, h, w] -> [B, 3, h, w]. The inner ones
+    start as the identity and the last at zero. Drawn at random, so many in a row without skips
+    blur each pixel's noise beyond recovery, and training hardly starts.
     """
 
     def __init__(self, depth=17, channels=64):
@@ -279,7 +263,7 @@ class UNet(nn.Module):
         return image if self.training else image.clamp(0, 1), []
 
 
-def two_convs(in_channels, out_channels):
+def two_convs(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1),
         nn.ReLU(),
@@ -291,26 +275,29 @@ def two_convs(in_channels, out_channels):
 # The variants --------------------------------------------------------------------------------
 
 
-def vit(model="published", choice=None, kind=SmallViT, **changes):
-    """A function() that makes a SmallViT, with a choice of the tokens for `with_choice`."""
+def vit(
+    model: str = "published",
+    kind: type = SmallViT,
+    choice: Callable | None = None,
+    attention: Callable | None = None,
+    **changes,
+) -> Callable[..., SmallViT]:
+    """A function(**more changes) that makes one of MODELS with other values of its ViTConfig, with
+    a choice of the tokens for `with_choice` and a layer for `with_attention`.
+    """
 
     def make(**more):
-        made = kind(replace(MODELS[model], **changes, **more))
-        return with_choice(made, choice) if choice else made
+        variant = kind(replace(MODELS[model], **changes, **more))
+        variant = with_choice(variant, choice) if choice else variant
+        return with_attention(variant, attention) if attention else variant
 
     return make
 
 
-def one_of_experts(learned):
-    """A function() that makes a SmallViT with OneOfExperts."""
-    return lambda: with_attention(SmallViT(), partial(OneOfExperts, learned=learned))
-
-
-def without_attention(model, **changes):
-    """A function() that makes a SmallViT whose blocks have no attention."""
-    made = vit(model, **changes)
-    return lambda **more: with_attention(made(**more), NoAttention)
-
+# A share of the tokens attends; who chooses them differs.
+of_tokens = partial(vit, k_attend=(64,), capacity=0.25)
+by_pattern = partial(by_place, spread_ranks)  # as far apart as can be
+by_halves = partial(by_place, drawn_ranks)
 
 VARIANTS = {
     "published": vit(),
@@ -320,22 +307,18 @@ VARIANTS = {
     "dense, one expert": vit(k_attend=(64,)),
     "dense, one expert, widened": vit(k_attend=(64,), d_model=172, d_ff=344),
     "dense, one expert, local": vit(k_attend=(64,), local=True),
-    "one of 3 experts, by the router": one_of_experts(learned=True),
-    "one of 3 experts, by place": one_of_experts(learned=False),
+    "one of 3 experts, by the router": vit(attention=OneOfExperts),
+    "one of 3 experts, by place": vit(attention=partial(OneOfExperts, learned=False)),
     "refined": vit("refined"),
     "refined, dense, one expert": vit("refined", k_attend=(64,)),
-    "refined, no attention": without_attention("refined", d_ff=564),
+    "refined, no attention": vit("refined", attention=NoAttention, d_ff=564),
     "quick": vit("quick"),
-    "quick, no attention": without_attention("quick", d_ff=305),
+    "quick, no attention": vit("quick", attention=NoAttention, d_ff=305),
     "photographs": vit("photographs"),
-    "photographs, no attention": without_attention("photographs", d_ff=610),
+    "photographs, no attention": vit("photographs", attention=NoAttention, d_ff=610),
     "photographs, dense": vit("photographs", k_attend=(ALL_KEYS,)),
     "U-Net": UNet,
     "DnCNN": DnCNN,
-}
-# Of a share of the tokens that attend, and who chooses them.
-of_tokens = partial(vit, k_attend=(64,), capacity=0.25)
-VARIANTS |= {
     "capacity, by router": of_tokens(),
     "capacity, by chance": of_tokens(choice=by_chance),
     "capacity, by pattern": of_tokens(choice=by_pattern),
@@ -345,7 +328,7 @@ VARIANTS |= {
     "capacity, by noise, local": of_tokens(kind=NoisiestAttend, local=True),
     "capacity, by pattern, local": of_tokens(choice=by_pattern, local=True),
     "photographs, capacity, by router": vit("routed-photographs"),
-    "photographs, capacity, by pattern": vit("routed-photographs", by_pattern),
+    "photographs, capacity, by pattern": vit("routed-photographs", choice=by_pattern),
     "photographs, dense, capacity, by router": vit("routed-photographs", k_attend=(ALL_KEYS,)),
 }
 
@@ -368,7 +351,7 @@ class DenseAttention(nn.Module):
         return self.merge(attended), x.new_ones(*x.shape[:2], 1)
 
 
-def straightforward():
+def straightforward() -> SmallViT:
     """The published model, whose attention gathers the selected values."""
     model = SmallViT()
     for block in model.blocks:
@@ -379,16 +362,16 @@ def straightforward():
 YARDSTICKS = {
     "this": vit(),
     "straightforward": straightforward,
-    "dense": lambda: with_attention(SmallViT(), DenseAttention),
+    "dense": vit(attention=DenseAttention),
     "refined": vit("refined"),
     "routed": vit("routed"),
 }
 
 
-def make_yardsticks(device, names=tuple(YARDSTICKS)):
-    """{name: SmallViT on the device, of weights that its name decides}."""
-    made = {}
+def make_yardsticks(device: torch.device, names: Iterable[str]) -> dict[str, SmallViT]:
+    """{name: model on the device, of weights that its name decides}."""
+    models = {}
     for name in names:
         torch.manual_seed(0)
-        made[name] = YARDSTICKS[name]().to(device)
-    return made
+        models[name] = YARDSTICKS[name]().to(device)
+    return models

@@ -66,21 +66,8 @@ def moe(seeded):
     return AdaptiveAttentionMoE(d_model=24, num_heads=3, k_attend=(4, 16, 32)).double()
 
 
-@pytest.fixture
-def vit(seeded):
-    """The default model with its zero-initialised projections filled in."""
-    model = SmallViT()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attention.merge.weight.normal_(std=0.1)
-            block.ffn[-1].weight.normal_(std=0.1)
-    return model
-
-
-@pytest.fixture
-def refined(seeded):
-    """The refined model with its zero-initialised layers filled in."""
-    model = SmallViT(MODELS["refined"])
+def filled(model):
+    """The model with what starts at zero drawn at random, so that every branch does something."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -88,8 +75,21 @@ def refined(seeded):
     return model
 
 
+@pytest.fixture
+def vit(seeded):
+    """The default model, filled."""
+    return filled(SmallViT())
+
+
+@pytest.fixture
+def refined(seeded):
+    """The refined model, filled."""
+    return filled(SmallViT(MODELS["refined"]))
+
+
 @pytest.fixture(scope="session")
 def photos():
+    """The thumbnails of the photographs inside scikit-image."""
     return load_images("photos")
 
 
@@ -107,6 +107,7 @@ def write_images(folder, count, size=(32, 32), mode="RGB", suffix=".png", seed=0
 
 
 def make_folder(path):
+    """Fills a folder with two classes of images, PNG and JPEG files; returns its path."""
     for part, count in (("train", 10), ("test", 3)):
         write_images(path / part / "a", count, seed=count)
         write_images(path / part / "b", count, suffix=".jpg", seed=count + 1)
@@ -128,7 +129,7 @@ def folder_of_images(tmp_path_factory):
 @pytest.fixture
 def small_picture(monkeypatch):
     """Two rows of images in a picture in place of six, of which most of its time goes into axes."""
-    monkeypatch.setattr(visualize_proper_results, "PERCENTILES", (5, 95))
+    monkeypatch.setattr(visualize_proper_results, "ROWS", 2)
 
 
 def run_here(script, *arguments):
@@ -209,7 +210,10 @@ def few(photos):
 
 
 def train_few(few, files=None, state=None, fast=None, name="published", **changes):
-    """Three epochs of five steps, the last of each a smaller one."""
+    """Three epochs of five steps, the last of each a smaller one, of the model of that name.
+
+    `changes` are of the recipe; `fast` makes of the model what takes its steps.
+    """
     recipe = replace(experiment.Recipe(epochs=3, batch_size=4), **changes)
     torch.manual_seed(recipe.seed)
     model = SmallViT(MODELS[name])
@@ -218,8 +222,8 @@ def train_few(few, files=None, state=None, fast=None, name="published", **change
 
 
 @pytest.fixture(scope="session")
-def plain(few):
-    """What the default recipe makes of them."""
+def default_run(few):
+    """What the default recipe makes of the few images: the state that `train` returns."""
     return copy.deepcopy(train_few(few))
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adaptive_attention_moe import AdaptiveAttentionMoE, SparseAttentionExpert
+from adaptive_attention_moe import AdaptiveAttentionMoE
 from conftest import Recorder
-from layers import topk_attention as kernel
+from layers import topk_attention as door
 from layers.conv_stages import NAFBlock
 from layers.topk_attention import TIES, topk_attention
 from studies.reference import (
@@ -29,6 +29,19 @@ def loop_attention(query, key, value, k_attend):
 
 def random_qkv(*shape, requires_grad=False):
     return [torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad) for _ in "qkv"]
+
+
+def attended_with_gradients(inputs, k_attend):
+    """The result of topk_attention and, for some direction of it, the gradients of the inputs."""
+    attended = topk_attention(*inputs, k_attend)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(attended.shape, dtype=torch.float64, generator=generator)
+    return attended, *torch.autograd.grad(attended, inputs, direction)
+
+
+def assert_all_close(found, expected, atol=1e-12):
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=atol)
 
 
 @pytest.mark.parametrize("k_attend", [1, 2, 5, 9, 10, 11, 1000])
@@ -57,33 +70,6 @@ def test_the_oracle_agrees_with_the_loop(seeded):
         )
 
 
-def test_one_key_copies_the_best_value(seeded):
-    query, key, value = random_qkv(10, 6)
-    best = (query @ key.T).argmax(-1)
-    assert torch.allclose(topk_attention(query, key, value, 1), value[best])
-
-
-def test_all_keys_is_dense_attention(seeded):
-    query, key, value = random_qkv(2, 10, 6)
-    dense = (query @ key.transpose(1, 2) / 6**0.5).softmax(-1) @ value
-    assert torch.allclose(topk_attention(query, key, value, 64), dense, atol=1e-12)
-
-
-def test_exactly_k_keys_have_a_weight(seeded):
-    query, key, _ = random_qkv(1, 12, 6)
-    weights = topk_attention(query, key, torch.eye(12, dtype=torch.float64)[None], 5)
-    assert ((weights > 0).sum(-1) == 5).all()
-    assert torch.allclose(weights.sum(-1), torch.ones(1, 12, dtype=torch.float64))
-
-
-def test_keys_below_the_top_k_have_no_influence(seeded):
-    query, key, value = random_qkv(1, 12, 6)
-    output = topk_attention(query, key, value, 3)
-    last = (query @ key.transpose(1, 2)).argmin(-1)[0, 0]
-    value[0, last] += 1e6
-    assert torch.equal(topk_attention(query, key, value, 3)[0, 0], output[0, 0])
-
-
 def test_ties_at_the_edge_are_kept_together():
     """Scores 2, 1, 1, 0 with k = 2: both keys of score 1 stay, whatever their order."""
     query = torch.ones(1, 1, dtype=torch.float64)
@@ -94,50 +80,30 @@ def test_ties_at_the_edge_are_kept_together():
     assert weights[0, 3] == 0
 
 
-def test_equal_tokens_stay_equal(moe):
-    x = torch.randn(1, 1, 24, dtype=torch.float64).expand(2, 16, 24)
-    output, _ = moe(x)
-    assert torch.allclose(output, output[:1, :1].expand_as(output), atol=1e-12)
-
-
 @pytest.mark.parametrize("k_attend", [1, 3, 6])
 def test_gradcheck(seeded, k_attend):
     inputs = random_qkv(2, 6, 4, requires_grad=True)
     assert torch.autograd.gradcheck(lambda q, k, v: topk_attention(q, k, v, k_attend), inputs)
 
 
-def test_gradcheck_of_the_whole_layer(seeded):
-    layer = AdaptiveAttentionMoE(6, 2, (2, 3, 9)).double()
-    x = torch.randn(1, 5, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(layer, x)
-
-
-@pytest.mark.parametrize("max_scores", [1, 2 * 3 * 10, 4 * 2 * 3 * 10])
-@pytest.mark.parametrize("k_attend", [1, 4])
-def test_blocks_of_queries_change_nothing(seeded, monkeypatch, max_scores, k_attend):
+@pytest.mark.parametrize("max_scores", [1, 4 * 2 * 3 * 10])
+def test_blocks_of_queries_change_nothing(seeded, monkeypatch, max_scores):
     """One query at a time, and four of ten: output and gradients of the undivided path."""
     inputs = random_qkv(2, 3, 10, 6, requires_grad=True)
-    target = torch.randn(2, 3, 10, 6, dtype=torch.float64)
-    whole = topk_attention(*inputs, k_attend)
-    expected = torch.autograd.grad((whole * target).sum(), inputs)
-    monkeypatch.setattr(kernel, "MAX_SCORES", max_scores)
-    blocked = topk_attention(*inputs, k_attend)
-    assert torch.allclose(blocked, whole, atol=1e-12)
-    for got, wanted in zip(
-        torch.autograd.grad((blocked * target).sum(), inputs), expected, strict=True
-    ):
-        assert torch.allclose(got, wanted, atol=1e-12)
+    undivided = attended_with_gradients(inputs, 4)
+    monkeypatch.setattr(door, "MAX_SCORES", max_scores)
+    assert_all_close(attended_with_gradients(inputs, 4), undivided)
 
 
 def test_blocks_are_made_of_queries_and_all_keys(seeded, monkeypatch):
     """Few queries and many keys: a block holds MAX_SCORES / keys of the former."""
     query, key, value = random_qkv(1, 4, 6)[0], *random_qkv(1, 40, 6)[1:]
-    whole = topk_attention(query, key, value, 7)
-    monkeypatch.setattr(kernel, "MAX_SCORES", 2 * 40)
+    undivided = topk_attention(query, key, value, 7)
+    monkeypatch.setattr(door, "MAX_SCORES", 2 * 40)
     with Recorder() as recorder:
         blocked = topk_attention(query, key, value, 7)
     assert recorder.calls["topk"] == 2
-    assert torch.allclose(blocked, whole, atol=1e-12)
+    assert torch.allclose(blocked, undivided, atol=1e-12)
 
 
 def with_ties(inputs, copies):
@@ -152,21 +118,16 @@ def with_ties(inputs, copies):
 def test_sparse_path_changes_nothing(seeded, monkeypatch, k_attend, copies):
     """Few keys out of many: output and gradients of the masked path, also where keys tie."""
     inputs = with_ties(random_qkv(2, 3, 64, 6), copies)
-    target = torch.randn(2, 3, 64, 6, dtype=torch.float64)
-    whole = topk_attention(*inputs, k_attend)
-    expected = torch.autograd.grad((whole * target).sum(), inputs)
-    monkeypatch.setattr(kernel, "MAX_SCORES", 5 * 2 * 3 * 64)
+    masked = attended_with_gradients(inputs, k_attend)
+    monkeypatch.setattr(door, "MAX_SCORES", 5 * 2 * 3 * 64)
     with Recorder() as recorder:
-        attended = topk_attention(*inputs, k_attend)
+        sparse = attended_with_gradients(inputs, k_attend)
     assert (recorder.calls["masked_fill_"] > 0) == (copies > TIES)  # else the sparse path did it
-    assert torch.allclose(attended, whole, atol=1e-12)
-    gradients = torch.autograd.grad((attended * target).sum(), inputs)
-    for got, wanted in zip(gradients, expected, strict=True):
-        assert torch.allclose(got, wanted, atol=1e-12)
+    assert_all_close(sparse, masked)
 
 
 def test_sparse_path_leaves_too_many_ties_to_the_masked_one(seeded, monkeypatch):
-    monkeypatch.setattr(kernel, "MAX_SCORES", 64)
+    monkeypatch.setattr(door, "MAX_SCORES", 64)
     query, key, value = random_qkv(64, 4)
     with Recorder() as recorder:
         uniform = topk_attention(query, torch.zeros_like(key), value, 2)
@@ -175,7 +136,7 @@ def test_sparse_path_leaves_too_many_ties_to_the_masked_one(seeded, monkeypatch)
 
 
 def test_gradcheck_of_the_sparse_path(seeded, monkeypatch):
-    monkeypatch.setattr(kernel, "MAX_SCORES", 100)
+    monkeypatch.setattr(door, "MAX_SCORES", 100)
     query = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     key, value = random_qkv(2, 40, 4, requires_grad=True)[1:]
     assert torch.autograd.gradcheck(lambda *qkv: topk_attention(*qkv, 2), (query, key, value))
@@ -191,13 +152,6 @@ def test_permutation_equivariance(moe):
     assert torch.allclose(permuted_routing, routing[:, order], atol=1e-12)
 
 
-@pytest.mark.parametrize("k_attend", [1, 8, 40])
-def test_expert_against_the_straightforward_one(seeded, k_attend):
-    expert = SparseAttentionExpert(24, 3, k_attend).double()
-    x = torch.randn(2, 16, 24, dtype=torch.float64)
-    assert torch.allclose(expert(x), straightforward_expert(expert, x), atol=1e-12)
-
-
 @pytest.mark.parametrize(
     "budgets", [(4, 16, 32), (32, 16, 4), (16, 16), (5,), (3, 99, 3, 50)], ids=str
 )
@@ -205,38 +159,28 @@ def test_layer_against_the_straightforward_one(seeded, budgets):
     """Fused projections and masked scores change nothing, gradients included."""
     layer = AdaptiveAttentionMoE(24, 3, budgets).double()
     x = torch.randn(2, 16, 24, dtype=torch.float64, requires_grad=True)
-    fast, _ = layer(x)
-    slow, _ = straightforward_moe(layer, x)
+    (fast, _), (slow, _) = layer(x), straightforward_moe(layer, x)
     assert torch.allclose(fast, slow, atol=1e-12)
-    target = torch.randn_like(fast)
-    parameters = [x, *layer.parameters()]
-    pairs = zip(
-        torch.autograd.grad((fast * target).sum(), parameters),
-        torch.autograd.grad((slow * target).sum(), parameters),
-        strict=True,
-    )
-    for got, expected in pairs:
-        assert torch.allclose(got, expected, atol=1e-10)
+    direction, inputs = torch.randn_like(fast), (x, *layer.parameters())
+    gradients = [torch.autograd.grad(output, inputs, direction) for output in (fast, slow)]
+    assert_all_close(*gradients, atol=1e-10)
 
 
-@pytest.mark.parametrize("capacity", [0.1, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("capacity", [0.1, 0.5, 1.0])
 def test_gathered_tokens_are_the_masked_ones(seeded, capacity):
     """Computing the chosen tokens alone equals computing all of them, forward and backward."""
     moe = AdaptiveAttentionMoE(24, 3, (4, 16), capacity).double()
     x = torch.randn(3, 16, 24, dtype=torch.float64, requires_grad=True)
     output, routing = moe(x)
-    chosen = torch.zeros(3, 16, 1, dtype=torch.float64).scatter(
-        1, moe.choose(routing)[..., None], 1
-    )
+    places = moe.choose(routing)[..., None]
+    chosen = torch.zeros(3, 16, 1, dtype=torch.float64).scatter(1, places, 1)
     experts = [straightforward_expert(expert, x) for expert in moe.experts]
     weights = moe.router(x)[..., :-1].unsqueeze(-1).unbind(2)
     masked = chosen * moe.merge(sum(p * y for p, y in zip(weights, experts, strict=True)))
     assert torch.allclose(output, masked, atol=1e-12)
-    inputs = (x, *moe.parameters())
-    target = torch.randn_like(output)
-    gradients = [torch.autograd.grad(y, inputs, target) for y in (output, masked)]
-    for name, one, other in zip(("x", *dict(moe.named_parameters())), *gradients, strict=True):
-        assert torch.allclose(one, other, atol=1e-10), name
+    direction, inputs = torch.randn_like(output), (x, *moe.parameters())
+    gradients = [torch.autograd.grad(y, inputs, direction) for y in (output, masked)]
+    assert_all_close(*gradients, atol=1e-10)
 
 
 def test_default_layer_in_float32(seeded):
@@ -247,23 +191,10 @@ def test_default_layer_in_float32(seeded):
     assert (error < 1e-5).double().mean() > 0.99
 
 
-def test_input_is_left_alone(moe):
-    x = torch.randn(2, 16, 24, dtype=torch.float64)
-    copy = x.clone()
-    moe(x)
-    assert torch.equal(x, copy)
-
-
 def test_queries_and_keys_of_different_number(seeded):
     query, key, value = torch.randn(3, 4), torch.randn(9, 4), torch.randn(9, 2)
     expected = loop_attention(query, key, value, 5)
     assert torch.allclose(topk_attention(query, key, value, 5), expected, atol=1e-6)
-
-
-def test_dense_path_is_the_library_call(seeded):
-    query, key, value = random_qkv(1, 2, 10, 6)
-    expected = F.scaled_dot_product_attention(query, key, value)
-    assert torch.equal(topk_attention(query, key, value, 10), expected)
 
 
 def test_naf_block_against_its_definition(seeded):

@@ -3,7 +3,7 @@
 On a CPU it is interpreted, see interpreter.py.
 """
 
-import importlib.util
+import runpy
 
 import pytest
 import torch
@@ -45,8 +45,9 @@ def largest_error(query, key, value, k_attend):
     return torch.stack([(t.double() - e).abs().max() for t, e in pairs]).max().item()
 
 
-@pytest.mark.parametrize("k_attend", [1, 7, 32, 63, 64, 100])
-@pytest.mark.parametrize("d_head", [32, 64])
+@pytest.mark.parametrize(
+    ("k_attend", "d_head"), [(1, 32), (7, 32), (63, 32), (64, 32), (100, 32), (7, 64)]
+)
 def test_kernel_is_exact_forward_and_backward(k_attend, d_head):
     tensors = heads_of_one_projection(2, 2, 64, d_head)
     assert largest_error(*tensors, k_attend) < 5e-6
@@ -115,19 +116,14 @@ def test_kernel_puts_the_threshold_where_rounding_cannot_reach_it():
     assert (threshold == float("-inf")).all()
 
 
-@pytest.mark.parametrize(("environment", "used"), [(None, True), ("0", False)])
+@pytest.mark.parametrize(("environment", "used"), [("1", True), ("0", False)])
 def test_environment_switches_the_kernel_off(monkeypatch, environment, used):
     class OnCuda(torch.Tensor):
         is_cuda = True
 
-    if environment is None:
-        monkeypatch.delenv("TOPK_KERNEL", raising=False)
-    else:
-        monkeypatch.setenv("TOPK_KERNEL", environment)
-    specification = importlib.util.spec_from_file_location("another_door", door.__file__)
-    fresh = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(fresh)
+    monkeypatch.setenv("TOPK_KERNEL", environment)
+    kernel_fits = runpy.run_path(door.__file__)["kernel_fits"]
     for tokens, fitting in ((MOST_KEYS, True), (MOST_KEYS + 1, False)):
         tensors = [torch.zeros(1, 1, tokens, 16).as_subclass(OnCuda)] * 3
-        assert fresh.kernel_fits(*tensors) is (used and fitting)
-        assert not fresh.kernel_fits(*(t.as_subclass(torch.Tensor) for t in tensors))
+        assert kernel_fits(*tensors) is (used and fitting)
+        assert not kernel_fits(*(t.as_subclass(torch.Tensor) for t in tensors))

@@ -1,6 +1,7 @@
 """Layer 5, the ablation study: what it trains, what it keeps and what it refuses."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,31 +13,29 @@ from matplotlib import pyplot as plt
 
 import ablation_study
 import denoising_experiment_proper as experiment
-from common.user_errors import Diverged
-from conftest import ROOT, assert_refused, write_images
-from experiment.evaluation import evaluate, plus_minus
+from common.user_errors import UserError
+from conftest import ROOT, assert_refused, interrupted_in_epoch, write_images
+from experiment.checkpoints import complete
+from experiment.evaluation import evaluate
+from experiment.recipe import Recipe
+from experiment.reports import plus_minus
 from experiment.tiling import InTiles
 from images.degradations import GaussianNoise
 from images.image_sources import load_images
 from images.noisy_images import noisy_splits
 from small_vit import load_model
+from studies import study_results
 from studies.model_variants import VARIANTS
 from studies.timing import count_flops
 
 DRAWN = {"dataset": "photos", "noise_level": [0.05, 0.4], "noise_map": "regions", "tiles": []}
-
-
-@pytest.fixture(autouse=True)
-def few_timings(monkeypatch):
-    """A round of two images, in place of a minute for all variants."""
-    monkeypatch.setattr(ablation_study, "TIMED_IMAGES", 2)
-    monkeypatch.setattr(ablation_study, "TIMED_ROUNDS", 1)
+NO_STUDY = "no result of ablation_study.py"
 
 
 @pytest.fixture
 def study(call, tmp_path, monkeypatch):
     """Runs ablation_study.py with one step for each variant and an empty picture after it."""
-    monkeypatch.setattr(ablation_study, "draw", lambda *_: plt.figure(figsize=(1, 1)))
+    monkeypatch.setattr(study_results, "draw", lambda *_: plt.figure(figsize=(1, 1)))
     write_images(tmp_path / "few" / "train", 3)
     write_images(tmp_path / "few" / "test", 2)
     options = ("--dataset", tmp_path / "few", "--batch-size", 2, "--epochs", 1)
@@ -56,8 +55,15 @@ def test_ablation_study_trains_every_variant(study):
     routed = {row["variant"]: np.shape(row["utilisation"]) for row in results["rows"]}
     assert routed["published"] == (2, 3) and routed["dense, one expert"] == (2, 1)
     assert routed["U-Net"] == (0,)
+    points = {row["variant"]: {p["at"]: p for p in row["points"]} for row in results["rows"]}
+    budgets = points["capacity, by router"]
+    assert list(points["published"]) == ["all"]
+    assert list(budgets) == ["100 %", "50 %", "25 %", "12.5 %"]
+    for figure in ("psnr", "ssim", "mflops"):
+        assert len({point[figure] for point in budgets.values()}) == len(budgets), figure
     table = Path("ablation_study.md").read_text()
-    assert all(f"| {name} | " in table for name in VARIANTS)
+    assert all(table.count(f"| {name} | ") == len(points[name]) for name in VARIANTS)
+    assert f"\n{table}\n" in process.stdout and "–" not in table
     assert Path("ablation_study.png").exists()
 
 
@@ -77,29 +83,6 @@ def test_ablation_study_trains_as_the_training_script_does(call, folder, recipe,
     assert study["recipe"]["noise_map"] == checkpoint["recipe"]["noise_map"]
 
 
-def test_every_budget_of_a_capacity_is_tested_and_timed(study, monkeypatch):
-    """Timed are functions, of which the FLOPs are those of so many images of the table."""
-    names = ("published", "capacity, by router")
-    process = study("--variants", *names)
-    assert process.returncode == 0, process.stderr
-    rows = json.loads(Path("ablation_study.json").read_text())["rows"]
-    points = {(r["variant"], point["at"]): point for r in rows for point in r["points"]}
-    budgets = [(names[1], at) for at in ("100 %", "50 %", "25 %", "12.5 %")]
-    assert list(points) == [(names[0], "all"), *budgets]
-    for figure in ("psnr", "ssim", "mflops"):
-        assert len({points[key][figure] for key in budgets}) == len(budgets), figure
-    assert process.stdout.count("| capacity, by router | ") == len(budgets)
-    table = Path("ablation_study.md").read_text()
-    assert f"\n{table}\n" in process.stdout and "–" not in table
-    monkeypatch.setattr(
-        ablation_study, "alternate", lambda f, *_: {key: count_flops(f[key]) for key in f}
-    )
-    counted = ablation_study.measure_speed(names, 3, 32, torch.device("cpu"))
-    assert counted == {key: round(2e6 * point["mflops"]) for key, point in points.items()}
-    model = VARIANTS[names[0]]().eval()
-    assert counted[names[0], "all"] == 2 * count_flops(model, torch.rand(1, 3, 32, 32))
-
-
 def row(seed, *psnrs):
     """A row of a study, with points of two budgets or, without figures, of a diverged training."""
     places = zip(("100 %", "50 %"), psnrs, (1.26, 0.5), strict=False)
@@ -110,121 +93,113 @@ def row(seed, *psnrs):
 
 def test_table_and_picture_tell_means_over_seeds():
     rows = [row(1, 20.0, 19.0), row(2, 22.0, 21.5), row(3)]
-    table = ablation_study.markdown(rows, {"lr": 0.5}, {(rows[0]["variant"], "50 %"): 0.0123})
-    assert table.startswith("lr 0.5\n") and "| MFLOP | ms for 2 images |" in table
+    table = study_results.markdown(rows, {"lr": 0.5})
+    assert table.startswith("lr 0.5\n") and "| MFLOP | training (s) |" in table
     first, second = table.splitlines()[-2:]
     start = "| capacity, by router, local |"
     assert first == (
         f"{start} 100 % | 1,234 | 2, 1 diverged | 21.000 ± 1.000 | 20.000 | 0.2100 ± 0.0100 | 1.3 "
-        "| – | 15.0 |"
+        "| 15.0 |"
     )
-    assert second.startswith(f"{start} 50 % |") and second.endswith("| 0.5 | 12.3 | 15.0 |")
-    (axis,) = ablation_study.draw(rows, DRAWN).axes
-    assert axis.get_title() == "photos, σ = 0.05 to 0.4 (regions)"
-    assert axis.get_xlabel() == "MFLOP per image"
+    assert second.startswith(f"{start} 50 % |") and second.endswith("| 0.5 | 15.0 |")
+    (axis,) = study_results.draw(rows, DRAWN).axes
+    assert axis.get_title().endswith("\nphotos, σ = 0.05 to 0.4 (regions)")
+    assert axis.get_xlabel().startswith("compute per image (MFLOP)")
     ((line, *_),) = axis.containers
-    assert line.get_xydata().tolist() == [[1.26, 21.0], [0.5, 20.25]]
+    assert line.get_xydata().tolist() == [[0.5, 20.25], [1.26, 21.0]]
+    plt.close("all")
+
+
+def test_the_picture_of_a_study_is_drawn_again(call):
+    """With the curves that are named, each of which has its label."""
+    study = ROOT / "results" / "regions.json"
+    process = call(study_results, study, "p.png", "capacity, by noise")
+    assert process.returncode == 0 and Path("p.png").stat().st_size > 10_000
+    assert_refused(call(study_results, study, "p.png", "older"), "has no 'older', but ")
+    recipe, rows = study_results.read_study(study)
+    names = ["capacity, by noise", "capacity, by router"]
+    (axis,) = study_results.draw(rows, recipe, names).axes
+    assert [text.get_text() for text in axis.texts] == names
     plt.close("all")
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_picture_without_curves_is_drawn_in_silence():
     """Its rows have all diverged."""
-    ablation_study.draw([row(3)], DRAWN)
+    study_results.draw([row(3)], DRAWN)
     plt.close("all")
 
 
-def test_ablation_study_goes_on_where_it_stopped(study, monkeypatch):
-    trained = []
-    original = ablation_study.train_variant
-
-    def train_variant(name, *arguments):
-        trained.append(name)
-        if len(trained) == 3:
-            raise KeyboardInterrupt
-        return original(name, *arguments)
-
-    monkeypatch.setattr(ablation_study, "train_variant", train_variant)
+def test_ablation_study_goes_on_where_it_stopped(study):
     names = ("published", "uniform weights", "no load-balancing loss")
-    assert study("--variants", *names).returncode == 130
-    assert study("--variants", *names).returncode == 0
-    assert trained == [*names, names[-1]]
+    with interrupted_in_epoch(3):  # of one epoch each
+        assert study("--variants", *names).returncode == 130
+    process = study("--variants", *names, *names, seeds=(0, 0))
+    assert re.findall("^(.*), seed 0$", process.stdout, re.MULTILINE) == [names[-1]]
+    assert "| published | all | 599,689 | 1 |" in process.stdout  # each seed counts once
     process = study("--variants", *names, "--lr", 0.5)
     assert_refused(process, "lr 0.001, this one has 0.5", "--output")
-    process = study("--variants", *names, "--noise-level", 0.1, 0.3, "--noise-map", "regions")
-    assert_refused(process, "noise_level [0.2, 0.2], this one has [0.1, 0.3]", "--output")
+
+
+POINT = {"at": "all", "psnr": 20.0, "ssim": 0.5, "mflops": 1.0}
+ROW = {"variant": "published", "seed": 0, "parameters": 599_689, "points": [POINT]}
+ROW |= {"train_seconds": 1.0, "utilisation": None}
 
 
 @pytest.mark.parametrize(
-    ("replaced", "by", "message"),
+    ("change", "words"),
     [
-        ('"parameters": 599689', '"parameters": 7', "'published' with 7 parameters"),
-        ('"variant": "published"', '"variant": "older"', "'older' with 599,689 parameters"),
-        ('"ssim"', '"similarity"', "no result of this script"),
-        ('"mflops": ', '"mflops": -', "no result of this script"),
+        ({"parameters": 7}, "'published' with 7 parameters"),
+        ({"variant": "older"}, "'older' with 599,689 parameters"),
+        ({"seed": [0]}, NO_STUDY),
+        ({"parameters": math.inf}, NO_STUDY),
+        ({"train_seconds": None}, NO_STUDY),
+        ({"points": None}, NO_STUDY),
+        ({"points": [{}]}, NO_STUDY),
+        ({"points": [POINT | {"mflops": -1.0}]}, NO_STUDY),
     ],
 )
-def test_ablation_study_refuses_rows_of_other_variants(study, replaced, by, message):
-    assert study("--variants", "published").returncode == 0
-    output = Path("ablation_study.json")
-    output.write_text(output.read_text().replace(replaced, by))
-    written = output.read_bytes()
-    assert_refused(study("--variants", "published"), message, "--output")
-    assert output.read_bytes() == written
+def test_rows_of_other_variants_are_refused(tmp_path, change, words):
+    recipe = {"dataset": "photos", **Recipe().as_dict(), "tiles": []}
+    for file, row in (("good.json", ROW), ("bad.json", ROW | change)):
+        (tmp_path / file).write_text(json.dumps({"recipe": recipe, "rows": [row]}))
+    assert ablation_study.read_rows(tmp_path / "good.json", recipe) == [ROW]
+    with pytest.raises(UserError, match=words):
+        ablation_study.read_rows(tmp_path / "bad.json", recipe)
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        100_000 * "[",
-        '{"recipe": {}, "rows": [{"variant": "published", "seed": [0]}]}',
-        '{"recipe": {}, "rows": [{"variant": "published", "parameters": 1e400}]}',
-        '{"recipe": {}, "rows": 3}',
-        "[]",
-    ],
+    "text", [100_000 * "[", '{"recipe": {"dataset": "photos", "tiles": []}, "rows": 3}', "[]"]
 )
-def test_other_json_files_are_no_study(call, folder, text):
-    Path("s.json").write_text(text)
-    process = call(ablation_study, "--dataset", folder, "--output", "s.json")
-    assert_refused(process, "s.json", "no result of this script")
-    assert Path("s.json").read_text() == text
+def test_other_json_files_are_no_study(tmp_path, text):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(UserError, match=f"s.json is {NO_STUDY}"):
+        study_results.read_study(tmp_path / "s.json")
 
 
 def test_ablation_study_does_not_touch_other_files(study):
-    Path("README.md").write_text("mine")
-    assert_refused(study("--output", "README.json"), "README.md is not of this study")
-    assert Path("README.md").read_text() == "mine"
-    Path("drawn.png").write_text("mine")
-    assert_refused(study("--output", "drawn.json"), "drawn.png is not of this study")
-    assert Path("drawn.png").read_text() == "mine"
     Path("mine.json").write_text("[]")
-    assert_refused(study("--output", "mine.json"), "mine.json", "--output")
+    assert_refused(study("--output", "mine.json"), "mine.json", NO_STUDY)
     assert Path("mine.json").read_text() == "[]"
-    assert_refused(study("--output", "mine.txt"), "mine.txt", ".json")
+    for output, words in (
+        ("README.json", "README.md is not of this study"),
+        ("drawn.json", "drawn.png is not of this study"),
+        ("mine.txt", "name a .json file"),
+    ):
+        Path("README.md").touch()
+        Path("drawn.png").touch()
+        with pytest.raises(UserError, match=words):
+            study_results.files_of(Path(output))
 
 
-def test_a_variant_that_diverges_does_not_end_the_study(study, monkeypatch):
-    original = ablation_study.train_variant
-
-    def train_variant(name, *arguments):
-        if name == "published":
-            raise Diverged("the loss is not finite in epoch 1")
-        original(name, *arguments)
-
-    monkeypatch.setattr(ablation_study, "train_variant", train_variant)
-    names = ("published", "uniform weights")
-    assert study("--variants", *names).returncode == 0
-    process = study("--variants", *names)  # it is not tried again
+def test_a_variant_that_diverges_does_not_end_the_study(study):
+    options = ("--variants", "published", "no load-balancing loss", "--lr", 1e30)
+    assert study(*options).returncode == 0
+    process = study(*options)
     assert process.returncode == 0, process.stderr
-    assert "| published | – | 599,689 | 0, 1 diverged | – | – | – |" in process.stdout
-    rows = json.loads(Path("ablation_study.json").read_text())["rows"]
-    assert [len(row["points"]) for row in rows] == [0, 1]
-
-
-def test_a_seed_counts_once(study):
-    process = study("--variants", "published", seeds=(3, 3, 3))
-    assert process.returncode == 0, process.stderr
-    assert "| published | all | 599,689 | 1 |" in process.stdout
+    assert "published, seed 0" not in process.stdout  # it is not tried again
+    for name in options[1:3]:
+        assert f"| {name} | – | 599,689 | 0, 1 diverged | – | – | – |" in process.stdout
 
 
 def test_parts_of_a_trained_model_are_replaced(trained, photos, call, monkeypatch):
@@ -279,17 +254,10 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
         flops = count_flops(VARIANTS[row["variant"]]().eval(), torch.rand(1, 3, 16, 16))
         assert whole["mflops"] == flops / 1e6 and small["mflops"] is None  # of a crop alone
     table = Path("ablation_study.md").read_text()
-    assert len(re.findall(r"\| tiles of 48×48 \| .* ± .* \| – \| – \| – \| ", table)) == 2
+    assert len(re.findall(r"\| tiles of 48×48 \| .* ± .* \| – \| – \| ", table)) == 2
     assert Path("ablation_study.png").stat().st_size > 10_000
     process = call(ablation_study, *options, "--variants", *names)
     assert_refused(process, "tiles [32, 48]")
-    earlier = Path("ablation_study.json").read_text()
-    for change in ({"points": None}, {"points": [{}]}, {"train_seconds": None}):
-        study = json.loads(earlier)
-        study["rows"][0] |= change
-        Path("ablation_study.json").write_text(json.dumps(study))
-        process = call(ablation_study, *options, "--variants", *names, "--tiles", 32, 48)
-        assert_refused(process, "ablation_study.json", "no result of this script")
     process = call(ablation_study, *options, "--tiles", 32, 64, "--output", "new.json")
     assert_refused(process, "--tiles 64: no side of a test image is above 50")
     process = call(ablation_study, *options, "--tiles", 32, "--task", "inpaint")
@@ -313,8 +281,8 @@ def test_tiles_are_drawn_in_the_order_of_their_size_and_whole_images_last():
             "points": shares + points(0, 19.0, 21.0)[1:],
         },
     ]
-    (axis,) = ablation_study.draw(rows, DRAWN | {"tiles": [16, 32], "crop": 16}).axes
-    assert axis.get_title() == "photos, σ = 0.05 to 0.4 (regions), trained on crops of 16×16"
+    (axis,) = study_results.draw(rows, DRAWN | {"tiles": [16, 32], "crop": 16}).axes
+    assert axis.get_title().endswith("photos, σ = 0.05 to 0.4 (regions), trained on crops of 16×16")
     curves = [line.get_ydata().tolist() for (line, *_) in axis.containers]
     assert curves == [[21.0, 23.0, 23.0], [19.0, 21.0, 20.0]]
     axis.figure.canvas.draw()
@@ -345,10 +313,10 @@ def test_tiles_are_restored_one_by_one():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*.json")), ids=lambda path: path.stem)
 def test_the_documents_have_the_figures_of_the_kept_studies(path):
     """Of all variants with several seeds, which this version still makes as they were."""
-    recipe = json.loads(path.read_text())["recipe"]
+    recipe = complete(json.loads(path.read_text())["recipe"])
     told = "".join((ROOT / name).read_text() for name in ("FINAL_REPORT.md", "results/README.md"))
     of_tiles = bool(recipe["tiles"])
-    for points in ablation_study.curves(ablation_study.read_rows(path, recipe)).values():
+    for points in study_results.points_of(ablation_study.read_rows(path, recipe)).values():
         for at, of_seeds in points.items():
             wanted = at.startswith("tiles of") if of_tiles else True
             if wanted and len(of_seeds) > 1:

@@ -1,6 +1,9 @@
-"""Layer 5, checkpoints that are damaged, forged or of another model."""
+"""Layer 5, checkpoints that are damaged, forged or of another model; and damaged images."""
 
+import copy
+import io
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -9,13 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
+import ablation_study
 import compare_baselines
 import debug_evaluation
+import denoise_image
 import visualize_proper_results
 from common.user_errors import UserError
-from conftest import assert_refused, write_images
-from experiment.checkpoints import read_checkpoint, trusted
+from conftest import assert_refused, same_weights, write_images
+from experiment.checkpoints import read_checkpoint, without_hooks
 from images.image_sources import load_images
+from images.photo_files import read_rgb
+from small_vit import load_model
+
+# Checkpoints ---------------------------------------------------------------------------------
 
 
 class Attack:
@@ -23,170 +32,186 @@ class Attack:
         return os.mkdir, ("attacked",)
 
 
-@pytest.mark.parametrize("script", [visualize_proper_results, debug_evaluation, compare_baselines])
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda good: None, "no such checkpoint"),
-        (
-            lambda good: Path("bad.pt").write_bytes(good[: len(good) // 2]),
-            "is damaged, of another kind",
-        ),
-        (lambda good: Path("bad.pt").write_bytes(b""), "is damaged, of another kind"),
-        (lambda good: Path("bad.pt").write_text("hello"), "is damaged, of another kind"),
-        (lambda good: torch.save({"model": Attack()}, "bad.pt"), "is damaged, of another kind"),
-        (lambda good: torch.save({"model": {}}, "bad.pt"), "does not hold"),
-        (lambda good: torch.save([1, 2], "bad.pt"), "cannot be [1, 2]"),
-    ],
-    ids=["missing", "truncated", "empty", "text", "attack", "incomplete", "list"],
-)
-def test_bad_checkpoints_are_refused(trained, call, script, make, words):
-    make((trained.path / "model.pt").read_bytes())
-    assert_refused(call(script, "--checkpoint", "bad.pt"), "bad.pt", words)
-    assert not Path("attacked").exists()
+def flip(good):
+    """torch ignores the checksums of the archive."""
+    place = len(good) // 2
+    return good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :]
+
+
+def pack(good):
+    """A few kilobytes could become gigabytes."""
+    file = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(good)) as stored,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in stored.infolist():
+            packed.writestr(member.filename, stored.read(member))
+    return file.getvalue()
+
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+BAD = {
+    "truncated": (lambda good: good[: len(good) // 2], "is damaged"),
+    "flipped": (flip, "is damaged"),
+    "packed": (pack, "is damaged"),
+    "empty": (lambda good: b"", "is damaged"),
+    "text": (lambda good: b"hello", "is damaged"),
+    "attack": (lambda good: saved({"model": Attack()}), "more than tensors"),
+    "incomplete": (lambda good: saved({"model": {}}), "does not hold config"),
+    "list": (lambda good: saved([1, 2]), "its content cannot be \\[1, 2]"),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), BAD.values(), ids=BAD)
+def test_bad_files_are_refused(trained, tmp_path, monkeypatch, make, words):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.pt").write_bytes(make((trained.path / "model.pt").read_bytes()))
+    with pytest.raises(UserError, match=f"bad.pt.*{words}"):
+        load_model("bad.pt")
+    assert list(tmp_path.iterdir()) == [tmp_path / "bad.pt"]  # no folder "attacked"
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"recipe": None}, "recipe cannot be NoneType"),
-        ({"recipe": {}}, "does not hold recipe.dataset"),
-        ({"recipe.seed": "42"}, "recipe.seed cannot be '42'"),
-        ({"recipe.seed": 2**70}, "recipe.seed cannot be"),
-        ({"recipe.noise_level": []}, "recipe.noise_level"),
-        ({"recipe.noise_level": [0.1, 0.2, 0.3]}, "recipe.noise_level"),
-        ({"recipe.noise_level": [0, 0.2]}, "recipe.noise_level cannot be [0, 0.2]"),
-        ({"recipe.noise_level": float("nan")}, "recipe.noise_level cannot be nan"),
-        ({"recipe.noise_level": -0.1}, "recipe.noise_level cannot be -0.1"),
-        ({"recipe.task": "inpaint"}, "another architecture"),
-        ({"recipe.task": "sharpen"}, "recipe.task cannot be 'sharpen'"),
-        ({"recipe.scale": [2]}, "recipe.scale cannot be [2]"),
-        ({"recipe.holes": 0.3}, "recipe.holes cannot be 0.3"),
-        ({"recipe.holes": [0.4, 0.1]}, "recipe.holes cannot be [0.4, 0.1]"),
-        ({"recipe.holes": [0.1, 0.95]}, "recipe.holes cannot be [0.1, 0.95]"),
-        ({"recipe.holes": [0.0, 0.1]}, "recipe.holes cannot be [0.0, 0.1]"),
-        ({"recipe.quality": [40, 10]}, "recipe.quality cannot be [40, 10]"),
-        ({"recipe.quality": [10, 96]}, "recipe.quality cannot be [10, 96]"),
-        ({"recipe.quality": [10.5, 40]}, "recipe.quality cannot be [10.5, 40]"),
-        ({"recipe.jpeg_share": 1.5}, "recipe.jpeg_share cannot be 1.5"),
-        ({"recipe.jpeg_share": True}, "recipe.jpeg_share cannot be True"),
-        ({"recipe.noise_map": "regions"}, "recipe.noise_map cannot be 'regions' with one σ"),
-        ({"recipe.noise_map": "ramp"}, "recipe.noise_map cannot be 'ramp'"),
-        ({"recipe.noise_map": "stripes"}, "noise_map cannot be 'stripes'"),
-        ({"recipe.noise_map": ["regions"]}, "noise_map cannot be ['regions']"),
-        ({"recipe.noise_map": None}, "noise_map cannot be NoneType"),
-        ({"recipe.epochs": 1.5}, "recipe.epochs cannot be 1.5"),
-        ({"recipe.dataset": "photos\x1b[31m"}, "photos\\x1b[31m"),
-        ({"val_mse": float("inf")}, "val_mse cannot be inf"),
-        ({"test": {}}, "does not hold test."),
-        ({"test.psnr_mean": "25"}, "test.psnr_mean cannot be '25'"),
-        ({"config.k_attend": (32.0, 64, 128)}, "another architecture"),
-        ({"config.k_attend": ()}, "another architecture"),
-        ({"config.k_attend": {32: 1, 64: 2, 128: 3}}, "is damaged"),
-        ({"recipe.epochs": torch.tensor(1)}, "is damaged"),
-        ({"config.num_heads": 4.0}, "another architecture"),
-        ({"config.num_layers": 0}, "another architecture"),
-        ({"config.num_layers": 10**9}, "another architecture"),
-        ({"config.d_model": 10**7}, "another architecture"),
-        ({"config.image_size": 8000}, "another architecture"),
-        ({"config.patch_size": 5}, "another architecture"),
-        ({"model.position": torch.full((1, 64, 64), float("nan"))}, "model cannot be dict"),
-        ({"model.position": torch.zeros(1, 64, 63)}, "another architecture"),
-        ({"model.position": torch.zeros(1, 64, 64, dtype=torch.float64)}, "model cannot be dict"),
-        ({"model.position": torch.zeros(1).expand(1, 64, 64)}, "model cannot be dict"),
-    ],
-    ids=str,
+    "script",
+    [ablation_study, compare_baselines, debug_evaluation, denoise_image, visualize_proper_results],
 )
-def test_wrong_contents_of_a_checkpoint_are_named(trained, call, change, words):
-    ((name, value),) = change.items()
-    forged = {k: dict(v) if isinstance(v, dict) else v for k, v in trained.checkpoint.items()}
-    if "." in name:
-        outer, inner = name.split(".", 1)
-        forged[outer][inner] = value
-    else:
-        forged[name] = value
-    torch.save(forged, "forged.pt")
-    process = call(debug_evaluation, "--checkpoint", "forged.pt", "--dataset", "photos")
-    assert process.returncode == 2 and "Traceback" not in process.stderr
-    assert words in process.stderr and "\x1b" not in process.stderr + process.stdout
+def test_scripts_end_with_one_sentence(call, script):
+    Path("bad.pt").write_text("hello")
+    images = ["bad.pt"] if script is denoise_image else []
+    process = call(script, *images, "--checkpoint", "bad.pt")
+    assert_refused(process, "bad.pt is damaged, of another kind")
+    assert list(Path().iterdir()) == [Path("bad.pt")]
+
+
+BARE = {"task": "inpaint", "dataset": "photos", "val_images": 1}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("recipe", None, "recipe cannot be NoneType"),
+        ("recipe", {}, "does not hold recipe.dataset"),
+        ("recipe.seed", "42", "recipe.seed must be a whole number of at least 0, got '42'"),
+        ("recipe.epochs", torch.tensor(1), "is damaged"),
+        ("recipe.noise_level", [0, 0.2], "recipe.noise_level must be a range that starts above"),
+        ("recipe.noise_level", float("nan"), "recipe.noise_level must be"),
+        ("recipe.noise_map", "regions", "recipe.noise_map regions lies between two values of σ"),
+        ("recipe.noise_map", "ramp", "noise_map must be one of uniform, regions, got 'ramp'"),
+        ("recipe.noise_map", "signal", "noise_map must be one of uniform, regions, got 'signal'"),
+        ("recipe.jpeg_share", True, "recipe.jpeg_share must be a number"),
+        ("recipe.task", "sharpen", "recipe.task must be one of denoise, super-resolution"),
+        ("recipe.task", "inpaint", "another architecture"),
+        ("recipe", {**BARE, "holes": 0.3}, "recipe.holes must be"),
+        ("val_mse", float("inf"), "val_mse cannot be inf"),
+        ("test", {}, "does not hold test."),
+        ("test.psnr_mean", "25", "test.psnr_mean cannot be '25'"),
+        ("config.k_attend", (), "another architecture"),
+        ("config.num_layers", 3, "another architecture"),
+        ("config.num_layers", 10**4, "another architecture"),
+        ("config.d_model", 10**4, "another architecture"),
+        ("config.colour", "red", "another architecture"),
+        ("model.position", torch.full((1, 64, 64), float("nan")), "model cannot be dict"),
+        ("model.position", torch.zeros(1, 64, 63), "another architecture"),
+        ("model.position", torch.zeros(1, 64, 64, dtype=torch.float64), "model cannot be dict"),
+        ("model.position", torch.zeros(1).expand(1, 64, 64), "model cannot be dict"),
+    ],
+)
+def test_wrong_contents_of_a_checkpoint_are_named(trained, tmp_path, place, value, words):
+    path = forge(trained, tmp_path / "forged.pt", place, value)
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def forge(trained, path, place, value):
+    """Writes the checkpoint with another value at a place such as recipe.seed; returns its path."""
+    forged = copy.deepcopy(trained.checkpoint)
+    *outer, inner = place.split(".")
+    (forged[outer[0]] if outer else forged)[inner] = value
+    torch.save(forged, path)
+    return path
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(trained, call):
+    path = forge(trained, "forged.pt", "recipe.dataset", "photos\x1b[31m")
+    process = call(debug_evaluation, "--checkpoint", path, "--dataset", "photos")
+    assert_refused(process, "photos\\x1b[31m")
+    assert "\x1b" not in process.stderr + process.stdout
 
 
 @pytest.mark.parametrize("experts", [2, 4])
 def test_figures_of_another_number_of_experts_disagree(trained, call, experts):
-    forged = {**trained.checkpoint, "test": dict(trained.checkpoint["test"])}
-    forged["test"]["utilisation"] = [[*of, 0.1][:experts] for of in forged["test"]["utilisation"]]
-    torch.save(forged, "forged.pt")
-    process = call(debug_evaluation, "--checkpoint", "forged.pt", "--dataset", "photos")
+    loads = [[*of, 0.1][:experts] for of in trained.checkpoint["test"]["utilisation"]]
+    path = forge(trained, "forged.pt", "test.utilisation", loads)
+    process = call(debug_evaluation, "--checkpoint", path, "--dataset", "photos")
     assert process.returncode == 1 and "2 of" in process.stdout
-
-
-def test_damage_inside_a_checkpoint_is_seen(trained, call):
-    """torch ignores the checksums of the archive."""
-    data = bytearray((trained.path / "model.pt").read_bytes())
-    data[len(data) // 2] ^= 4
-    Path("flipped.pt").write_bytes(data)
-    assert_refused(call(debug_evaluation, "--checkpoint", "flipped.pt"), "is damaged")
 
 
 def test_hooks_of_a_weight_are_dropped(tmp_path):
     weight = torch.zeros(2)
     weight._backward_hooks = "none"  # as the unpickler leaves what a damaged file says
-    torch.save(trusted({"model": {"weight": weight}}), tmp_path / "m.pt")
+    torch.save(without_hooks({"model": {"weight": weight}}), tmp_path / "m.pt")
 
 
-def test_a_packed_checkpoint_is_not_unpacked(trained, call):
-    """A few kilobytes could become gigabytes."""
-    with (
-        zipfile.ZipFile(trained.path / "model.pt") as good,
-        zipfile.ZipFile("packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for member in good.infolist():
-            packed.writestr(member.filename, good.read(member))
-    assert_refused(call(debug_evaluation, "--checkpoint", "packed.pt"), "is damaged")
+# Random damage -------------------------------------------------------------------------------
 
 
-def test_random_damage_ends_in_a_sentence(trained, tmp_path):
-    """300 checkpoints and 300 images, each cut, overwritten or with a few bits turned."""
-    rng = np.random.default_rng(0)
+def damaged(data, rng):
+    """Cut, overwritten or with a few bits turned, one to three times."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        data = data or bytearray(b"x")
+        place, kind = int(rng.integers(len(data))), rng.integers(3)
+        if kind == 0:
+            data[place] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            data[place : place + 16] = rng.bytes(16)
+        else:
+            del data[place : place + int(rng.integers(1, 2000))]
+    return bytes(data)
 
-    def damaged(data):
-        data = bytearray(data)
-        for _ in range(rng.integers(1, 4)):
-            place = int(rng.integers(len(data)))
-            kind = rng.integers(3)
-            if kind == 0:
-                data[place] ^= 1 << int(rng.integers(8))
-            elif kind == 1:
-                data[place : place + 16] = rng.bytes(16)
-            else:
-                del data[place : place + int(rng.integers(1, 2000))]
-        return bytes(data) or b"x"
 
-    small = {**trained.checkpoint, "model": {"position": torch.zeros(1, 64, 2)}}
-    torch.save(small, tmp_path / "small.pt")
-    good, read = (tmp_path / "small.pt").read_bytes(), 0
+def test_a_damaged_checkpoint_is_read_as_it_was_or_refused(trained, tmp_path):
+    """A few are read: what only touched padding."""
+    rng, path, read = np.random.default_rng(0), tmp_path / "bad.pt", 0
+    torch.save({**trained.checkpoint, "model": {"position": torch.rand(1, 64, 2)}}, path)
+    content, good = path.read_bytes(), read_checkpoint(path)
+    weights = good.pop("model")
     for _ in range(300):
-        (tmp_path / "bad.pt").write_bytes(damaged(good))
+        path.write_bytes(damaged(content, rng))
         try:
-            read += read_checkpoint(tmp_path / "bad.pt") is not None
+            found = read_checkpoint(path)
         except UserError as error:
-            assert "bad.pt" in str(error)
-    assert read < 150  # what only touched padding
+            assert "bad.pt is damaged" in str(error)
+            continue
+        read += 1
+        assert same_weights(found.pop("model"), weights) and found == good
+    assert 0 < read < 30
+
+
+def test_a_damaged_image_keeps_its_size_or_is_skipped(tmp_path, capsys):
+    """Damaged pixels of a format without checksums look like any others."""
+    rng, skipped = np.random.default_rng(0), []
     suffixes = ("png", "jpg", "webp", "tif", "bmp", "gif", "ppm", "jp2", "avif", "mpo")
-    (path,) = write_images(tmp_path / "test", 1, size=(48, 40))
+    (good,) = write_images(tmp_path / "test", 1, size=(48, 40))
     (tmp_path / "train").mkdir()
-    for index in range(300):
-        suffix = suffixes[index % len(suffixes)]
-        target = tmp_path / "train" / f"{index}.{suffix}"
-        Image.open(path).save(target)
-        target.write_bytes(damaged(target.read_bytes()))
-    source = load_images(str(tmp_path))
-    assert len(source.train) + len(source.val) < 300
-
-
-@pytest.mark.parametrize("change", [{"d_model": 128}, {"num_layers": 3}, {"colour": "red"}])
-def test_another_architecture_is_refused(trained, call, change):
-    other = {**trained.checkpoint, "config": {**trained.checkpoint["config"], **change}}
-    torch.save(other, "other.pt")
-    process = call(visualize_proper_results, "--checkpoint", "other.pt", "--dataset", "photos")
-    assert_refused(process, "another architecture")
+    for index in range(200):
+        path = tmp_path / "train" / f"{index:03}.{suffixes[index % len(suffixes)]}"
+        Image.open(good).save(path)
+        path.write_bytes(damaged(path.read_bytes(), rng))
+        try:
+            image, _ = read_rgb(path)
+        except Exception:
+            skipped.append(path)
+        else:
+            assert image.shape == (40, 48, 3), path
+    source, warning = load_images(str(tmp_path)), capsys.readouterr().err
+    assert len(source.train) + len(source.val) == 200 - len(skipped)
+    assert warning.count("\n") == 1 and f"skipped {len(skipped)} of 200 files" in warning
+    assert all(f"{path} (" in warning for path in skipped[:5])

@@ -1,55 +1,28 @@
 """Layer 5, the benchmark: that it times every row, and what it compares."""
 
-import concurrent.futures
 import json
-from concurrent.futures.process import BrokenProcessPool
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import benchmark
 import denoising_experiment_proper as experiment
-from conftest import assert_refused
-from studies import benchmark_large, timing
+from common.user_errors import UserError
+from studies import benchmark_large
 from studies.model_variants import make_yardsticks
-from studies.timing import count_bytes, count_flops
+from studies.timing import peaks_apart
 
 
-class Inline:
-    """In the place of a process of its own, which takes seconds to start."""
+def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch):
+    def peaks_here(runs, *arguments, device):
+        return [0 for _ in runs(*arguments)][1:]
 
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        job = concurrent.futures.Future()
-        job.set_result(function(*arguments))
-        return job
-
-
-@pytest.fixture(autouse=True)
-def small_limits(monkeypatch):
-    monkeypatch.setattr(timing, "LARGE", {"cpu": (64, 2**10)})
-
-
-def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch, another_process):
-    class Elsewhere(Inline):
-        def submit(self, function, runs, arguments, *more):
-            # in a process of its own, where its memory can be seen
-            pool = another_process if arguments[0] == "straightforward" else super()
-            return pool.submit(function, runs, arguments, *more)
-
-    monkeypatch.setattr(timing, "ProcessPoolExecutor", Elsewhere)
+    monkeypatch.setattr(benchmark_large, "peaks_apart", peaks_here)
     photograph = benchmark_large.noisy_photograph
     monkeypatch.setattr(
         benchmark_large, "noisy_photograph", lambda name, *_: photograph(name, (48, 48))
@@ -62,11 +35,10 @@ def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch, anoth
     assert [row["row"] for row in results["rows"]] == list(benchmark.SIDE_BY_SIDE)
     assert [row["images"] for row in results["rows"]] == [4, 4, 4, 4, 16, 8]
     assert [row["tokens"] for row in results["tokens"]] == [64, 256]
-    assert results["tokens"][1]["extra_bytes"]["straightforward"] > 0
     yardsticks = {"this", "straightforward", "dense"}
     for row in results["rows"][:4]:
         assert row["seconds"].keys() == yardsticks | {"refined", "routed"}
-        assert row["times_faster"] > 0 and row["part_of_limit"] > 0
+        assert row["times_faster"] > 0
     assert all(row["seconds"].keys() == yardsticks for row in results["tokens"])
     models = list(benchmark_large.DENOISERS)
     assert [row["model"] for row in results["photograph"]] == 2 * models
@@ -78,31 +50,16 @@ def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch, anoth
     assert "training" not in results  # which takes minutes, and has to be asked for
 
 
-@pytest.mark.parametrize(("sizes", "limit"), [((8, 2**20), "matrix"), ((512, 8), "memory")])
-def test_the_limit_is_the_one_that_binds(few, vit, capsys, monkeypatch, sizes, limit):
-    """A row that takes as long as the matrix product and as long as the copy."""
-    monkeypatch.setattr(timing, "LARGE", {"cpu": sizes})
-    monkeypatch.setattr(benchmark, "alternate", lambda functions, *_: dict.fromkeys(functions, 0.1))
-    args = SimpleNamespace(seed=0, dtype="float32", compile=False)
-    effort = benchmark.Effort(batch_size=2)
-    row = benchmark.measure("layer forward", {"this": vit}, few[0], None, effort, args)
-    layer, tokens = vit.blocks[0].attention, torch.zeros(2, 64, 128)
-    with torch.inference_mode():
-        work = {"matrix": count_flops(layer, tokens), "memory": count_bytes(layer, tokens)}
-    assert row["limit"] == limit and row["work"] == work
-    one = {"matrix": 2 * sizes[0] ** 3, "memory": 2 * 4 * sizes[1]}
-    assert row["part_of_limit"] == pytest.approx(work[limit] / one[limit])
-    assert f"% ({limit}) |" in capsys.readouterr().out
-
-
 @pytest.fixture
 def train_in_benchmark(folder, call, monkeypatch):
     """function(*options): the row of the training, two epochs on 16 images."""
     for name, changes in (("quick", {"steps": 6, "lr": 0.5}), ("published", {})):
         recipe = replace(experiment.RECIPES[name], batch_size=4, **changes)
         monkeypatch.setitem(experiment.RECIPES, name, recipe)
-    monkeypatch.setattr(benchmark, "QUICK", benchmark.Effort(1, 0, 4, 3, (), (), 1, 1))
-    monkeypatch.setattr(benchmark, "Effort", partial(benchmark.Effort, 1, 0, 4, 3, (), (), 6, 1))
+    quick = replace(benchmark.QUICK, evaluation_images=3, training_steps=1)
+    monkeypatch.setattr(benchmark, "QUICK", quick)
+    short = partial(benchmark.Effort, training_steps=6, straightforward_steps=1)
+    monkeypatch.setattr(benchmark, "Effort", short)
 
     def run(*options):
         rows = ("--rows", benchmark.TRAINING)
@@ -115,8 +72,7 @@ def train_in_benchmark(folder, call, monkeypatch):
     return run
 
 
-def test_the_training_is_that_of_the_training_script(train_in_benchmark, folder, call, monkeypatch):
-    monkeypatch.setattr(experiment, "write_figure", lambda *_, **__: None)
+def test_the_training_is_that_of_the_training_script(train_in_benchmark, folder, call):
     row, printed = train_in_benchmark()
     call(experiment, "--dataset", folder, "--lossless-share", 0.5, "--recipe", "quick")
     checkpoint = torch.load("best_denoising_model_proper.pt", weights_only=True)
@@ -135,17 +91,13 @@ def test_a_training_cut_short_gives_no_verdict(train_in_benchmark):
     assert row.keys().isdisjoint({"passed", "times_faster"})
 
 
-def test_benchmark_says_when_its_measuring_process_was_ended(folder, call, monkeypatch):
-    def submit(*_):
-        job = concurrent.futures.Future()
-        job.set_exception(BrokenProcessPool())
-        return job
-
-    monkeypatch.setattr(timing, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(Inline, "submit", submit)
-    monkeypatch.setattr(benchmark, "QUICK", benchmark.Effort(1, 0, 2, 2, (64,)))
-    process = call(benchmark, "--dataset", folder, "--quick", "--rows", "tokens")
-    assert_refused(process, "measuring memory", "--rows")
+def test_memory_is_seen_in_a_process_of_its_own():
+    images, cpu = np.zeros((1, 3, 32, 32), np.float32), torch.device("cpu")
+    arguments = ("straightforward", images, [64, 256], cpu, "float32")
+    less, more = peaks_apart(benchmark_large.layer_runs, *arguments, device=cpu)
+    assert more > less >= 0
+    with pytest.raises(UserError, match=r"measuring memory was ended; .* --rows"):
+        peaks_apart(os._exit, 1, device=cpu)
 
 
 def test_benchmark_lengthens_sequences_with_real_patches(vit):

@@ -13,13 +13,11 @@ import torchvision
 from PIL import Image, ImageCms
 
 import compare_baselines
-import debug_test_data
-import denoising_experiment_proper as experiment
 from common.user_errors import UserError, reason
-from conftest import assert_refused, write_images
-from denoising_experiment_proper import Recipe
+from conftest import write_images
 from experiment.evaluation import sharpness, ssim
-from images.degradations import GaussianNoise
+from experiment.recipe import Recipe
+from images.degradations import GaussianNoise, SuperResolution
 from images.image_sources import LEAST_SIDE, load_images
 from images.noisy_images import noisy_splits
 from images.photo_files import Photo, read_photo, read_rgb, write_photo
@@ -36,16 +34,12 @@ def test_photos_hold_out_whole_photographs(photos):
     assert len(photos.classes) == 6
 
 
-def test_folder_with_classes_splits_and_kinds(folder):
+def test_a_folder_has_classes_splits_and_kinds_of_files(folder):
     source = load_images(str(folder))
+    assert source.name == "folder images"
     assert (len(source.train), len(source.val), len(source.test)) == (16, 4, 6)
     assert source.classes == ["a", "b"]
     assert torch.equal(source.test.lossless, source.test.labels == 0)  # b is JPEG
-    assert source.name == "folder images"
-
-
-def test_folder_pixels_are_those_of_the_files(folder):
-    source = load_images(str(folder))
     with Image.open(folder / "test" / "a" / "000.png") as image:
         assert np.array_equal(source.test.images[0].permute(1, 2, 0), np.asarray(image))
 
@@ -60,20 +54,14 @@ def test_large_images_are_cropped_and_their_crops_stay_together(tmp_path):
     for part in ("train", "test"):
         paths = write_images(tmp_path / part, 5, size=(100, 70))
     source = load_images(str(tmp_path))
-    assert len(source.test) == 5 * 3 * 2
-    assert (len(source.train), len(source.val)) == (4 * 6, 6)
-    with Image.open(tmp_path / "test" / "000.png") as image:
-        second = np.asarray(image)[:32, 32:64]
-    assert np.array_equal(source.test.images[1].permute(1, 2, 0), second)
-    held_out = {crop.tobytes() for crop in source.val.images.numpy()}
-    of_files = [{crop.tobytes() for crop in crops_of(path)} for path in paths]
-    assert held_out in of_files  # those of one file, and all of them
-
-
-def crops_of(path):
-    pixels = np.asarray(Image.open(path)).transpose(2, 0, 1)
-    corners = [(y, x) for y in range(0, pixels.shape[1] - 31, 32) for x in range(0, 69, 32)]
-    return [np.ascontiguousarray(pixels[:, y : y + 32, x : x + 32]) for y, x in corners]
+    assert (len(source.train), len(source.val), len(source.test)) == (4 * 6, 6, 5 * 6)
+    crops = [
+        [np.asarray(Image.open(path))[y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32, 64)]
+        for path in paths
+    ]
+    test, held_out = (s.images.permute(0, 2, 3, 1).numpy() for s in (source.test, source.val))
+    assert np.array_equal(test, np.concatenate(crops))
+    assert any(np.array_equal(held_out, crops_of_one) for crops_of_one in crops)
 
 
 def test_crops_of_a_huge_image_are_spread_over_it(tmp_path):
@@ -97,29 +85,23 @@ def test_lossless_files_alone_validate(folder):
     assert len(test_set) == len(source.test)
 
 
-def fake_cifar10(folder, count):
-    """Writes the files of CIFAR-10 with `count` random images each."""
-    folder = folder / "cifar-10-batches-py"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        data = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        batch = {"data": data, "labels": [i % 10 for i in range(count)]}
-        (folder / name).write_bytes(pickle.dumps(batch))
-    names = {"label_names": [f"class{i}" for i in range(10)]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(names))
-    return data
-
-
 def test_cifar10_is_read_from_its_own_files(tmp_path, monkeypatch):
     """The files' layout, without their content: 4 / 1 split, channels first, right order."""
-    test_data = fake_cifar10(tmp_path, 20)
+    folder, labels = tmp_path / "cifar-10-batches-py", [i % 10 for i in range(20)]
+    folder.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        data = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": labels}))
+    names = {"label_names": [f"class{i}" for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     source = load_images("cifar10", str(tmp_path))
     assert (len(source.train), len(source.val), len(source.test)) == (80, 20, 20)
-    assert np.array_equal(source.test.images.flatten(1), test_data)
-    assert source.test.labels.tolist() == [i % 10 for i in range(20)]
+    assert np.array_equal(source.test.images.flatten(1), data)
+    assert source.test.labels.tolist() == labels
     assert source.name == "CIFAR-10"
+    with pytest.raises(UserError, match=r"--crop 96.*CIFAR-10.*32×32"):
+        load_images("cifar10", str(tmp_path), crop=96)
 
 
 # Files ---------------------------------------------------------------------------------------
@@ -179,14 +161,12 @@ def test_sixteen_bits_keep_their_brightness(tmp_path):
     assert read_rgb(tmp_path / "ten.pgm")[0][0, :3, 0].tolist() == [0, 128, 255]
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "I;16"])
+TURNED = [(suffix, "RGB") for suffix in ("jpg", "png", "webp", "tif")]
+TURNED += [("tif", mode) for mode in ("L", "RGBA", "CMYK", "I;16")]
+
+
+@pytest.mark.parametrize(("suffix", "mode"), TURNED)
 def test_turned_photographs_are_turned_back(tmp_path, suffix, mode):
-    if (suffix, mode) not in (
-        *((s, "RGB") for s in ("jpg", "png", "webp")),
-        *(("tif", m) for m in ("RGB", "L", "RGBA", "CMYK", "I;16")),
-    ):
-        pytest.skip("the format has no such mode")
     ramp = np.linspace(0, 255, 96 * 64).reshape(96, 64)
     if mode == "I;16":
         upright = Image.fromarray((257 * ramp).astype(np.uint16))
@@ -194,26 +174,29 @@ def test_turned_photographs_are_turned_back(tmp_path, suffix, mode):
         upright = Image.fromarray(ramp.astype(np.uint8)).convert(mode)
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its left side
-    upright.transpose(Image.Transpose.ROTATE_90).save(
-        tmp_path / f"turned.{suffix}", exif=exif, **({"quality": 95} if suffix == "jpg" else {})
-    )
-    image, _ = read_rgb(tmp_path / f"turned.{suffix}")
+    path = tmp_path / f"turned.{suffix}"
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    image, _ = read_rgb(path)
     assert image.shape == (96, 64, 3)
     grey = image.astype(int).mean(2)
     assert np.abs(np.diff(grey.mean(1))).max() < 8 and abs(grey[-1].mean() - grey[0].mean()) > 200
 
 
 @pytest.mark.parametrize(
-    ("layout", "shape"),
+    ("layout", "shape", "dtype", "words"),
     [
-        ({"photometric": "miniswhite"}, (32, 32)),
-        ({"photometric": "rgb", "planarconfig": "separate"}, (3, 32, 32)),
-        ({"photometric": "rgb", "extrasamples": ["assocalpha"]}, (32, 32, 4)),
+        ({"photometric": "miniswhite"}, (32, 32), np.uint16, "16 bits"),
+        ({"photometric": "rgb", "planarconfig": "separate"}, (3, 32, 32), np.uint16, "16 bits"),
+        ({"photometric": "rgb", "extrasamples": [1]}, (32, 32, 4), np.uint16, "16 bits"),
+        ({}, (32, 32), np.float32, "of a range"),
+        ({}, (32, 32), np.int32, "of a range"),
     ],
 )
-def test_tiffs_of_which_other_values_would_be_read_are_refused(tmp_path, layout, shape):
-    tifffile.imwrite(tmp_path / "odd.tif", np.full(shape, 9000, dtype=np.uint16), **layout)
-    with pytest.raises(ValueError, match="16 bits"):
+def test_tiffs_of_which_other_values_would_be_read_are_refused(
+    tmp_path, layout, shape, dtype, words
+):
+    tifffile.imwrite(tmp_path / "odd.tif", np.full(shape, 9000, dtype), **layout)
+    with pytest.raises(ValueError, match=words):
         read_rgb(tmp_path / "odd.tif")
 
 
@@ -236,13 +219,6 @@ def test_the_decoder_tells_whether_a_file_is_lossless(tmp_path):
         assert read_rgb(tmp_path / name)[1] == lossless, name
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_values_of_unknown_range_are_not_guessed(tmp_path, kind):
-    Image.fromarray(np.full((32, 32), 100, dtype=kind)).save(tmp_path / "raw.tif")
-    with pytest.raises(ValueError, match="range"):
-        read_rgb(tmp_path / "raw.tif")
-
-
 # Files that cannot be used -------------------------------------------------------------------
 
 
@@ -258,31 +234,59 @@ def test_no_part_of_a_folder_is_left_out_in_silence(folder, tmp_path, capsys):
     assert "gone.png" in capsys.readouterr().err
 
 
-def test_photographs_smaller_than_the_crop_are_named_and_skipped(call, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda f: [p.unlink() for p in (f / "train").rglob("*.*")], "holds 0 readable"),
+        (lambda f: [p.write_text("x") for p in (f / "test").rglob("*.*")], "skipped 6 of 6"),
+        (lambda f: (f / "test").rename(f / "exam"), "has no test/ folder"),
+    ],
+)
+def test_a_folder_without_images_is_refused(folder, break_it, words):
+    break_it(folder)
+    with pytest.raises(UserError, match=words):
+        load_images(str(folder))
+
+
+def test_photographs_smaller_than_the_crop_are_named_and_skipped(tmp_path, capsys):
     for split in ("train", "test"):
-        write_images(tmp_path / "images" / split, 2, size=(80, 70))
-        write_images(tmp_path / "images" / split / "small", 1, size=(80, 60))
-    source = load_images(tmp_path / "images", crop=64)
+        write_images(tmp_path / split, 2, size=(80, 70))
+        write_images(tmp_path / split / "small", 1, size=(80, 60))
+    source = load_images(tmp_path, crop=64)
     assert [len(split) for split in (source.train, source.val, source.test)] == [1, 1, 2]
     assert "000.png (80×60 pixels, less than 64)" in capsys.readouterr().err
-    options = ("--dataset", "images", "--recipe", "photographs", "--crop", 128)
-    process = call(experiment, *options, "--output", "m.pt")
-    assert_refused(process, "at least 128×128", "skipped 3 of 3", "80×60")
-    process = call(experiment, "--dataset", "photos", "--recipe", "photographs", "--crop", 1000)
-    assert_refused(process, "--crop 1000", "only 512×512")
-    process = call(experiment, "--recipe", "photographs", "--data-dir", tmp_path)
-    assert_refused(process, "--crop 96", "CIFAR-10", "32×32")
+    with pytest.raises(UserError, match=r"at least 128×128.*skipped 3 of 3.*80×60"):
+        load_images(tmp_path, crop=128)
+    with pytest.raises(UserError, match=r"--crop 1000.*only 512×512"):
+        load_images("photos", crop=1000)
 
 
-def test_unusable_files_are_named_and_skipped(folder, capsys):
-    (folder / "train" / "a" / "notes.txt").write_text("not an image")
-    (folder / "train" / "a" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_unusable_files_are_named_and_skipped(folder, capsys, monkeypatch):
+    """One line says so, and nothing but the decoders of images is started."""
+    started = "PIL.EpsImagePlugin.Ghostscript"
+    monkeypatch.setattr(started, lambda *_, **__: pytest.fail("starts Ghostscript"))
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0))
+    for name, content in {
+        "program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n",
+        "bomb.png": b"\x89PNG\r\n\x1a\n" + header,
+        "cut.png": b"\x89PNG\r\n\x1a\n broken",
+        "line\nbreak.txt": b"no image",
+    }.items():
+        (folder / "train" / "a" / name).write_bytes(content)
     write_images(folder / "train" / "small", 1, size=(31, 40))
-    source = load_images(str(folder))
-    assert len(source.train) + len(source.val) == 20
-    warning = capsys.readouterr().err
-    assert "skipped 3 of 23" in warning
-    for words in ("notes.txt (no image of", "cut.png (", "31×40 pixels"):
+    odd_exif = b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"
+    Image.new("RGB", (32, 32)).save(folder / "train" / "a" / "exif.png", exif=odd_exif)
+    source, warning = load_images(str(folder)), capsys.readouterr().err
+    assert len(source.train) + len(source.val) == 21
+    assert warning.count("\n") == 1 and "skipped 5 of 26" in warning
+    for words in (
+        "program.png (no image of",
+        "bomb.png (",
+        "cut.png (",
+        "break.txt (",
+        "31×40 pix",
+    ):
         assert words in warning
 
 
@@ -302,29 +306,6 @@ def test_what_a_format_cannot_hold_is_one_sentence(tmp_path):
     photo = Photo(np.zeros((1, 70_000, 3), np.uint8))  # encoders have exceptions of their own
     with pytest.raises(UserError, match=r"cannot write .*wide.gif: .*; name a .png file"):
         write_photo(photo, tmp_path / "wide.gif")
-
-
-@pytest.mark.filterwarnings("error::UserWarning")
-@pytest.mark.parametrize("name", ["program.png", "bomb.png", "exif.png", "line\nbreak.png"])
-def test_one_bad_file_does_not_end_a_run(folder, call, monkeypatch, name):
-    path = folder / "train" / "a" / name
-    if name == "program.png":
-        started = "PIL.EpsImagePlugin.Ghostscript"
-        monkeypatch.setattr(started, lambda *_, **__: pytest.fail("starts Ghostscript"))
-        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n")
-    elif name == "bomb.png":
-        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0))
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header)
-    elif name == "exif.png":
-        Image.new("RGB", (32, 32)).save(path, exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
-    else:
-        path.write_text("no image")
-    process = call(debug_test_data, "--dataset", folder)
-    assert "Traceback" not in process.stderr and process.returncode in (0, 1)
-    if name == "exif.png":
-        assert not process.stderr
-    else:
-        assert process.stderr.count("\n") == 1 and "skipped 1 of 21" in process.stderr
 
 
 def test_a_stumbling_decoder_speaks_of_damage(tmp_path):
@@ -383,7 +364,7 @@ def test_photographs_too_small_for_the_figures_are_skipped(tmp_path, capsys, sca
     for part in ("train", "test"):
         for side in (LEAST_SIDE - 1, LEAST_SIDE, LEAST_SIDE + 1):
             write_images(tmp_path / part / str(side), 1, size=(40, side))
-    recipe = Recipe(task="super-resolution", scale=scale, crop=scale)
+    recipe = Recipe(SuperResolution(scale), crop=scale)
     _, _, test_set = recipe.splits(load_images(tmp_path, crop=scale))
     assert len(test_set) == 2 and "(40×11 pixels, less than 12)" in capsys.readouterr().err
     for degraded, clean, _ in test_set.batches():

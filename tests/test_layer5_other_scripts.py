@@ -18,10 +18,12 @@ import debug_test_data
 import denoising_experiment_proper as experiment
 import visualize_proper_results
 import visualize_training_data
+from common.user_errors import UserError
 from conftest import SHORT, assert_refused, read_csv, run_here
 from experiment.checkpoints import write_checkpoint
 from experiment.evaluation import psnr
-from images.degradations import DRAWS, GaussianNoise
+from experiment.trained_model import images_for
+from images.degradations import NOISE_MAPS, Draws, GaussianNoise
 from images.image_sources import load_images
 from images.noisy_images import NoisyImageDataset
 from small_vit import MODELS, SmallViT, load_model
@@ -82,11 +84,11 @@ def test_other_models_are_drawn_beside(trained, photos):
 
 def test_drawn_images_go_from_worst_to_best():
     values = np.random.default_rng(0).permutation(1000)
-    ranks = [values[i] for i in visualize_proper_results.rank_images(values)]
+    ranks = [values[i] for i in visualize_proper_results.rank_images(values, 6)]
     assert ranks == sorted(ranks)
     assert ranks[0] < 100
     assert ranks[-1] >= 900
-    assert list(visualize_proper_results.rank_images([3.0, 1.0])) == [1, 0]  # each image once
+    assert list(visualize_proper_results.rank_images([3.0, 1.0], 6)) == [1, 0]  # each image once
 
 
 @pytest.mark.usefixtures("small_picture")
@@ -110,9 +112,8 @@ def test_training_data_script_accepts_right_noise(call):
         assert min(picture.size) > 800
 
 
-@pytest.mark.parametrize("noise_map", DRAWS)
+@pytest.mark.parametrize("noise_map", NOISE_MAPS)
 def test_training_data_script_accepts_every_map(call, monkeypatch, noise_map):
-    monkeypatch.setattr(visualize_training_data, "MEASURED_IMAGES", 256)
     titles = titles_of_pictures(visualize_training_data, monkeypatch)
     options = ("--noise-level", 0.05, 0.4, "--noise-map", noise_map)
     process = call(visualize_training_data, "--dataset", "photos", *options)
@@ -121,30 +122,19 @@ def test_training_data_script_accepts_every_map(call, monkeypatch, noise_map):
     assert ("σ" in titles) == (noise_map != "uniform")
 
 
-@pytest.fixture
-def few_samples(monkeypatch):
-    """The training data script measures few images and draws none."""
-    monkeypatch.setattr(visualize_training_data, "MEASURED_IMAGES", 256)
-    for name in ("draw_samples", "write_figure"):
-        monkeypatch.setattr(visualize_training_data, name, lambda *_: None)
+@pytest.mark.parametrize("noise", [GaussianNoise(), GaussianNoise((0.05, 0.4), "regions")])
+@pytest.mark.parametrize(("factor", "off"), [(0.97, True), (1.0, False), (1.03, True)])
+def test_wrong_noise_is_noticed(photos, noise, factor, off):
+    generator, clean = torch.Generator().manual_seed(0), photos.train.images[:256].float() / 255
+    normal = factor * torch.randn(clean.shape, generator=generator)
+    uniform = torch.rand(len(clean), noise.numbers, generator=generator)
+    noisy, sigma = noise(clean, Draws(normal, uniform))
+    sigma = sigma.expand_as(clean)
+    checks = visualize_training_data.check_noise(noisy, clean, sigma, noise.noise_level)
+    wrong = [name for name, x, expected, tolerance in checks if abs(x - expected) > tolerance]
+    assert ("std of the noise" in wrong) == off and (off or not wrong)
 
 
-@pytest.mark.parametrize("factor", [0.97, 1.03])
-@pytest.mark.parametrize(
-    "options", [(), ("--noise-level", 0.05, 0.4, "--noise-map", "regions")], ids=["one", "regions"]
-)
-@pytest.mark.usefixtures("few_samples")
-def test_training_data_script_notices_wrong_noise(call, monkeypatch, options, factor):
-    original = NoisyImageDataset._add
-    monkeypatch.setattr(
-        NoisyImageDataset, "_add", lambda self, noise, *a: original(self, factor * noise, *a)
-    )
-    process = call(visualize_training_data, "--dataset", "photos", *options)
-    assert process.returncode == 1
-    assert re.search("std of the noise .* OFF", process.stdout)
-
-
-@pytest.mark.usefixtures("few_samples")
 def test_training_data_script_notices_noise_of_another_level(call, monkeypatch):
     """Consistently of σ = 0.19 in place of the 0.2 that was asked for."""
     monkeypatch.setattr(
@@ -179,24 +169,19 @@ def test_theory_of_the_clamped_noise(sigmas):
 # Checks --------------------------------------------------------------------------------------
 
 
-def test_debug_evaluation_reproduces_the_run(trained, call):
-    process = call(debug_evaluation, "--checkpoint", trained.path / "model.pt")
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert "all figures agree" in process.stdout
-
-
-def test_debug_evaluation_notices_a_wrong_figure(trained, call, tmp_path):
+def test_debug_evaluation_reproduces_all_but_a_wrong_figure(trained, call):
     forged = {**trained.checkpoint, "test": {**trained.checkpoint["test"], "psnr_mean": 31.0}}
-    torch.save(forged, tmp_path / "forged.pt")
+    write_checkpoint(forged, "forged.pt")
     process = call(debug_evaluation, "--checkpoint", "forged.pt")
     assert process.returncode == 1
     assert re.search(r"psnr_mean +31 .*DISAGREES", process.stdout)
+    assert re.search(r"^1 of \d\d figures disagree", process.stdout, re.MULTILINE)
 
 
-def test_debug_evaluation_refuses_other_images(trained, call, folder):
-    process = call(debug_evaluation, "--checkpoint", trained.path / "model.pt", "--dataset", folder)
-    assert process.returncode == 2
-    assert "trained and tested on other images than these, photos" in process.stderr
+def test_figures_are_not_compared_on_other_images(trained, folder):
+    model = load_model(trained.path / "model.pt")
+    with pytest.raises(UserError, match="trained and tested on other images than these, photos"):
+        images_for(model.trained, folder, same_images=True)
 
 
 @pytest.mark.usefixtures("small_picture")
@@ -206,10 +191,9 @@ def test_a_model_of_a_folder_is_tested_there_and_says_when_it_has_gone(call, fol
         process = call(script, "--checkpoint", "m.pt")
         assert process.returncode == 0 and "folder images" in process.stdout.splitlines()[-1]
     folder.rename(folder.with_name("moved"))
-    for script in (visualize_proper_results, debug_evaluation):
-        process = call(script, "--checkpoint", "m.pt")
-        assert process.returncode == 2
-        assert f"not at {folder} any more" in process.stderr and "--dataset" in process.stderr
+    for same_images in (False, True):
+        with pytest.raises(UserError, match=f"not at {folder} any more; .* --dataset"):
+            images_for(load_model("m.pt").trained, same_images=same_images)
 
 
 def test_debug_test_data_finds_nothing_in_photos(call):
@@ -311,16 +295,14 @@ def test_recipes_from_before_the_maps_mean_one_sigma_for_an_image(of_regions, ca
     checkpoint = torch.load(of_regions, weights_only=True)
     del checkpoint["recipe"]["noise_map"]
     write_checkpoint(checkpoint, "old.pt")
-    plain = call(compare_baselines, "--checkpoint", "old.pt", "--model-only")
-    assert plain.returncode == 0, plain.stderr
-    assert "trained on photos with σ = 0.05 to 0.4\n" in plain.stdout
-    assert "\nphotos, 13 test images, σ = 0.225\n" in plain.stdout  # their middle
-    process = call(compare_baselines, "--checkpoint", "old.pt", "--model-only", "--unclipped")
-    assert "\nphotos, 13 test images, σ = 0.225 (unclipped)\n" in process.stdout
-    files = call(compare_baselines, "--checkpoint", "old.pt", "--model-only", "--jpeg-share", 1)
-    assert "\nphotos, 13 test images, σ = 0.225 (100 % JPEG)\n" in files.stdout
-    one, other = (re.search(r"noisy input.*", p.stdout).group() for p in (plain, files))
-    assert one != other
+    options = ("--model-only", "--unclipped", "--jpeg-share", 0.5)
+    process = call(compare_baselines, "--checkpoint", "old.pt", *options)
+    assert process.returncode == 0, process.stderr
+    assert "trained on photos with σ = 0.05 to 0.4\n" in process.stdout
+    (test_set,) = images_for(load_model("old.pt").trained)[1][2:]
+    assert str(test_set.degradation) == "σ = 0.225"  # their middle
+    changed = "σ = 0.225 (50 % JPEG, unclipped)"
+    assert f"\nphotos, 13 test images, {changed}\n" in process.stdout
 
 
 # Baselines -----------------------------------------------------------------------------------
@@ -328,7 +310,7 @@ def test_recipes_from_before_the_maps_mean_one_sigma_for_an_image(of_regions, ca
 
 @pytest.mark.parametrize("sigma", [0.02, 0.2, 0.6])
 def test_classical_methods_get_their_best_strength_at_any_noise(photos, sigma):
-    dataset = NoisyImageDataset(photos.test[::40], sigma)
+    dataset = NoisyImageDataset(photos.test[::40], GaussianNoise(sigma))
     for name in ("Gaussian blur", "total variation"):
         denoise, strengths = compare_baselines.baselines(sigma)[name]
         best, (psnrs, _) = compare_baselines.best_of(denoise, strengths, dataset)
@@ -338,7 +320,7 @@ def test_classical_methods_get_their_best_strength_at_any_noise(photos, sigma):
 
 
 def test_a_strength_is_chosen_on_up_to_a_hundred_images(photos):
-    dataset, calls = NoisyImageDataset(photos.test[:150], 0.2), []
+    dataset, calls = NoisyImageDataset(photos.test[:150]), []
 
     def blur(x, strength):
         calls.append(strength)

@@ -11,6 +11,7 @@ import pytest
 import skimage.data
 import tifffile
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image, ImageCms
 
 import compare_baselines
@@ -18,14 +19,17 @@ import debug_evaluation
 import denoise_image
 import denoising_experiment_proper as experiment
 import visualize_proper_results
-from conftest import ROOT, assert_refused, interrupted_in_epoch, run_here
+from conftest import ROOT, assert_refused, interrupted_in_epoch, run_here, same_weights
 from experiment import tiling
+from experiment.evaluation import psnr
 from experiment.tiling import OVERLAP, denoise, windows
+from experiment.trained_model import images_for
 from images import noisy_images
 from images.degradations import GaussianNoise
 from images.image_sources import load_images
 from images.noisy_images import noisy_splits
 from images.photo_files import read_photo
+from images.training_batches import training_batches
 from small_vit import load_model
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -69,6 +73,12 @@ def noisy_photo(height=100, width=130, sigma=25):
     return np.clip(photo + noise, 0, 255).round().astype(np.uint8)
 
 
+def write_photos(*names):
+    """The same noisy photograph, 130×100 pixels, under each name."""
+    for name in names:
+        Image.fromarray(noisy_photo()).save(name, icc_profile=SRGB)
+
+
 # Training ------------------------------------------------------------------------------------
 
 
@@ -77,7 +87,7 @@ def test_training_on_crops_tests_whole_photographs(photographs, call, tmp_path):
     recipe, test = checkpoint["recipe"], checkpoint["test"]
     assert (recipe["crop"], recipe["unclipped"], recipe["train_images"]) == (32, True, 5)
     assert test["images"] == 2 and test["psnr_mean"] > test["noisy_psnr_mean"]
-    for script in (debug_evaluation, compare_baselines):
+    for script in (debug_evaluation, visualize_proper_results, compare_baselines):
         process = call(script, "--checkpoint", photographs / "model.pt")
         assert process.returncode == 0, process.stdout + process.stderr
     assert "σ = 25/255" in process.stdout
@@ -85,17 +95,18 @@ def test_training_on_crops_tests_whole_photographs(photographs, call, tmp_path):
     assert float(noisy_row.split("|")[2].split("±")[0]) == pytest.approx(20.17, abs=0.02)
 
 
-def test_photographs_are_drawn_with_a_detail(photographs, call, monkeypatch):
-    figures = []
-    monkeypatch.setattr(visualize_proper_results, "write_figure", lambda f, _: figures.append(f))
-    monkeypatch.setattr(visualize_proper_results, "psnr_against_noise", lambda *_: [])
-    process = call(visualize_proper_results, "--checkpoint", photographs / "model.pt")
-    assert process.returncode == 0, process.stderr
-    titles = [axis.get_title() for axis in figures[0].axes[:6]]
-    assert titles == ["noisy", "denoised", "ground truth"] + [
-        f"{name}, detail" for name in ("noisy", "denoised", "ground truth")
-    ]
-    assert figures[0].axes[3].images[0].get_array().shape == (96, 96, 3)
+def test_of_photographs_a_detail_is_drawn(photographs, monkeypatch):
+    model = load_model(photographs / "model.pt")
+    (test_set,) = images_for(model.trained)[1][2:]
+    monkeypatch.setattr(visualize_proper_results, "DETAIL", 96)
+    figure = visualize_proper_results.draw_images([("m.pt", model)], test_set, {0: 50}, "title")
+    titles = [axis.get_title() for axis in figure.axes[:3]]
+    assert titles == ["noisy, σ = 25/255 (unclipped)", "denoised", "ground truth"]
+    assert [axis.images[0].get_array().shape for axis in figure.axes[:3]] == [(96, 96, 3)] * 3
+    noisy, clean, _ = test_set[0]
+    figures = f"whole photograph:\n{psnr(noisy.numpy(), clean.numpy()):.2f} dB"
+    assert figure.axes[0].get_xlabel().startswith(figures)
+    plt.close(figure)
 
 
 def test_crops_are_parts_of_the_photographs_in_all_eight_symmetries(tmp_path):
@@ -112,42 +123,29 @@ def test_crops_are_parts_of_the_photographs_in_all_eight_symmetries(tmp_path):
         for top in range(48 - 31)
         for left in range(40 - 31)
     }
-    batches = train_set.shuffled_batches(16, 0, 1, flip=True, transpose=True, crop=32)
+    batches = training_batches(train_set, 16, 0, 1, flip=True, transpose=True, crop=32)
     crops = torch.cat([clean for _, clean, _ in batches])
     assert len(crops) == 64
-    for crop in (255 * crops).round().byte():
-        for turn in range(4):
-            for mirrored in (False, True):
-                back = crop.rot90(turn, (1, 2))
-                back = back.flip(2) if mirrored else back
-                place = places.get(back.contiguous().numpy().tobytes())
-                if place:
-                    found.add((turn, mirrored, place))
-    assert len({(turn, mirrored) for turn, mirrored, _ in found}) == 8
-    assert len({place for *_, place in found}) > 30
+    for crop, turn in itertools.product((255 * crops).round().byte(), range(4)):
+        back = crop.rot90(turn, (1, 2))
+        for mirrored, image in ((False, back), (True, back.flip(2))):
+            place = places.get(image.contiguous().numpy().tobytes())
+            found |= {((turn, mirrored), place)} if place else set()
+    assert len({symmetry for symmetry, _ in found}) == 8
+    assert len({place for _, place in found}) > 30
 
 
 def test_a_run_on_crops_goes_on_bit_for_bit(call, photographs, monkeypatch):
     monkeypatch.setattr(noisy_images, "CROPS_PER_PHOTOGRAPH", 2)
     options = ("--dataset", photographs / "images", "--recipe", "photographs", "--crop", 16)
-    options += ("--jpeg-share", 0.5)
-    options += ("--epochs", 2, "--batch-size", 4, "--output")
+    options += ("--jpeg-share", 0.5, "--epochs", 2, "--batch-size", 4, "--output")
     assert call(experiment, *options, "whole.pt").returncode == 0
     with interrupted_in_epoch(2):
         assert call(experiment, *options, "m.pt").returncode == 130
     assert call(experiment, *options, "m.pt", "--resume").returncode == 0
     whole, resumed = (torch.load(name, weights_only=True) for name in ("whole.pt", "m.pt"))
     assert whole["test"] == resumed["test"]
-    assert all(torch.equal(w, resumed["model"][name]) for name, w in whole["model"].items())
-
-
-def test_noise_is_unclipped_where_asked(photos):
-    for unclipped in (False, True):
-        train_set, _, test_set = noisy_splits(photos, GaussianNoise(0.2, unclipped=unclipped))
-        for batches in (train_set.shuffled_batches(256, 0, 1), test_set.batches(256)):
-            noisy, clean, _ = next(iter(batches))
-            assert (noisy.min() < 0) == (noisy.max() > 1) == unclipped
-            assert not unclipped or (noisy - clean).std() == pytest.approx(0.2, abs=1e-3)
+    assert same_weights(whole["model"], resumed["model"])
 
 
 # Tiles ---------------------------------------------------------------------------------------
@@ -260,13 +258,11 @@ def write_kinds(folder):
     cv2.imwrite(str(folder / "deep.png"), deep[:, :, ::-1])
     cv2.imwrite(str(folder / "deep_grey.png"), deep[:, :, 0])
     tifffile.imwrite(folder / "deep_tif.tif", deep, photometric="rgb", iccprofile=SRGB)
-    whole = (130, 100)
-    return {
-        **{"rgb": ("RGB", whole), "L": ("L", whole), "LA": ("LA", whole), "P": ("RGB", whole)},
-        **{"cmyk": ("RGB", whole), "RGBA": ("RGBA", whole), "turned": ("RGB", (100, 130))},
-        **{"one": ("RGB", (1, 1)), "flat": ("RGB", (130, 3)), "deep": ("RGB", whole)},
-        **{"deep_grey": ("I;16", whole), "deep_tif": ("RGB", whole)},
-    }
+    kinds = dict.fromkeys(("rgb", "P", "cmyk", "deep", "deep_tif"), ("RGB", (130, 100)))
+    kinds |= {mode: (mode, (130, 100)) for mode in ("L", "LA", "RGBA")}
+    kinds["deep_grey"] = ("I;16", (130, 100))
+    kinds |= {"turned": ("RGB", (100, 130)), "one": ("RGB", (1, 1)), "flat": ("RGB", (130, 3))}
+    return kinds
 
 
 def test_every_kind_of_file_keeps_what_it_was(clean_up, tmp_path):
@@ -294,8 +290,8 @@ def test_every_kind_of_file_keeps_what_it_was(clean_up, tmp_path):
             assert 0.005 < difference < 0.15, name  # changed, but the same picture
 
 
-def test_the_noise_becomes_less(clean_up, tmp_path):
-    Image.fromarray(noisy_photo()).save("in.png")
+def test_the_noise_becomes_less(clean_up):
+    write_photos("in.png")
     process = clean_up("in.png", "--compare")
     assert process.returncode == 0, process.stderr
     assert "in.png  130×100  noise 0.09" in process.stdout
@@ -309,15 +305,14 @@ def test_the_noise_becomes_less(clean_up, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
 def test_the_output_names_the_format(clean_up, suffix):
-    Image.fromarray(noisy_photo()).save("in.png", icc_profile=SRGB)
+    write_photos("in.png")
     assert clean_up("in.png", "--output", f"out.{suffix}").returncode == 0
     with Image.open(f"out.{suffix}") as image:
         assert image.size == (130, 100) and image.info["icc_profile"] == SRGB
 
 
 def test_nothing_is_overwritten(clean_up, tmp_path):
-    for name in ("a.png", "a.jpg", "b.png"):
-        Image.fromarray(noisy_photo()).save(name)
+    write_photos("a.png", "a.jpg", "b.png")
     before = Path("b.png").read_bytes()
     assert clean_up("*.png", "a.jpg").returncode == 0
     names = {path.name for path in tmp_path.glob("*_denoised.png")}
@@ -327,12 +322,10 @@ def test_nothing_is_overwritten(clean_up, tmp_path):
     assert Path("b.png").read_bytes() == before
     assert clean_up("b.png", "--output", "b.png", "--overwrite").returncode == 0
     assert Path("b.png").read_bytes() != before
-    assert clean_up(".", "--overwrite").returncode == 0  # results are no input
-    assert len(list(tmp_path.glob("*_denoised*"))) == len(names)
 
 
 def test_a_file_that_fails_does_not_stop_the_others(clean_up, tmp_path):
-    Image.fromarray(noisy_photo()).save("good.png")
+    write_photos("good.png")
     Path("cut.png").write_bytes(Path("good.png").read_bytes()[:3000])
     Path("text.jpg").write_text("no image")
     process = clean_up("cut.png", "good.png", "text.jpg")
@@ -350,16 +343,14 @@ def test_what_a_decoder_raises_ends_no_other_file(clean_up, monkeypatch, error):
         return read_photo(path)
 
     monkeypatch.setattr(denoise_image, "read_photo", broken)
-    for name in ("a.png", "b.png"):
-        Image.fromarray(noisy_photo()).save(name)
+    write_photos("a.png", "b.png")
     process = clean_up("a.png", "b.png")
     assert process.returncode == 1 and process.stderr.startswith("failed: a.png: ")
     assert "damage" in process.stderr and Path("b_denoised.png").exists()
 
 
 def test_bad_input_is_one_sentence(clean_up, call, trained, tmp_path):
-    Image.fromarray(noisy_photo()).save("in.png")
-    Image.fromarray(noisy_photo()).save("other.png")
+    write_photos("in.png", "other.png")
     bomb = bytearray(Path("in.png").read_bytes())
     bomb[16:24] = struct.pack(">II", 60_000, 60_000)
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
@@ -370,17 +361,6 @@ def test_bad_input_is_one_sentence(clean_up, call, trained, tmp_path):
     assert_refused(clean_up("in.png", "--strength", 2), "--strength", "at most 1")
     assert_refused(clean_up("in.png", "--output", "no/out.png"), "no", "create it")
     assert_refused(clean_up("in.png", "other.png", "--output", "in.png"), "name a folder")
-    assert_refused(clean_up("in.png", "--output", "out.xyz"), "out.xyz", ".png")
     arguments = ("--checkpoint", trained.path / "model.pt", "in.png")
     assert_refused(call(denoise_image, *arguments), "thumbnails", "--recipe photographs")
-    assert_refused(call(denoise_image, "--checkpoint", "in.png", "in.png"), "in.png is damaged")
     assert not list(tmp_path.glob("*_denoised*"))
-
-
-def test_memory_does_not_grow_with_the_image(photographs, monkeypatch):
-    seen = []
-    model = load_model(photographs / "model.pt")
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda x: seen.append(x.shape) or forward(x))
-    denoise(model, np.zeros((700, 100, 3), np.uint8), tile=128)
-    assert max(shape[2] for shape in seen) == 128 and len(seen) == 7

@@ -14,13 +14,15 @@ import torch.distributed as dist
 
 import denoising_experiment_proper as experiment
 from common.user_errors import UserError
-from conftest import load_history, run_here, same_weights, train_few
+from conftest import filled, load_history, run_here, same_weights, train_few
 from denoising_experiment_proper import Recipe
 from experiment import cuda_graphs, data_parallel
 from experiment.command_line import PUBLISHED_CHECKPOINT
 from experiment.muon import make_optimizer
 from experiment.run_files import RunFiles
 from small_vit import MODELS, SmallViT
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="of CUDA graphs")
 
 # Processes -----------------------------------------------------------------------------------
 
@@ -71,7 +73,7 @@ def test_processes_share_every_whole_batch_without_overlap(monkeypatch):
     shares = []
     for rank in range(3):
         monkeypatch.setattr(data_parallel, "rank", lambda rank=rank: rank)
-        ((first, second),) = data_parallel.my_share(batches, 6)  # the incomplete one is dropped
+        ((first, second),) = data_parallel.share_of(batches, 6)  # the incomplete one is dropped
         assert torch.equal(second, first + 6)
         shares.append(first)
     assert torch.cat(shares).sort().values.tolist() == list(range(6))
@@ -88,7 +90,7 @@ def test_processes_take_equal_shares_or_none(monkeypatch):
 # Compilers -----------------------------------------------------------------------------------
 
 
-def test_training_goes_on_where_torch_compile_fails(few, plain, monkeypatch, capsys):
+def test_training_goes_on_where_torch_compile_fails(few, default_run, monkeypatch, capsys):
     def backend(graph, inputs):
         raise RuntimeError("no compiler")
 
@@ -96,13 +98,13 @@ def test_training_goes_on_where_torch_compile_fails(few, plain, monkeypatch, cap
     with torch._dynamo.config.patch(suppress_errors=False):  # put back afterwards
         state = train_few(few, fast=experiment.compiled)
     torch.compiler.reset()  # or the functions that failed would be skipped from now on
-    assert same_weights(state["model"], plain["model"])
+    assert same_weights(state["model"], default_run["model"])
     printed = capsys.readouterr()
     assert printed.out.count("torch.compile does not work here") == 1
     assert "Traceback" not in printed.err
 
 
-def test_training_runs_what_torch_compile_made(few, plain):
+def test_training_runs_what_torch_compile_made(few, default_run):
     calls = []
 
     class Fast(torch.nn.Module):
@@ -114,7 +116,7 @@ def test_training_runs_what_torch_compile_made(few, plain):
             calls.append(len(noisy))
             return self.model(noisy)
 
-    assert same_weights(train_few(few, fast=Fast)["model"], plain["model"])
+    assert same_weights(train_few(few, fast=Fast)["model"], default_run["model"])
     assert calls == [4] * 3 * 4  # a smaller batch is left to the model itself
 
 
@@ -123,9 +125,7 @@ def test_training_runs_what_torch_compile_made(few, plain):
 )
 def test_models_compile_to_one_graph(seeded, config):
     """Without the code generator, which needs a C++ compiler; a break in the graph would raise."""
-    model, gradients = SmallViT(config), []
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    model, gradients = filled(SmallViT(config)), []
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         run(torch.ones(2, 3, 32, 32))[0].square().mean().backward()
@@ -153,17 +153,17 @@ def train_in_steps(model, optimizer, replay=False):
     return torch.stack(losses)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need such a device")
+@needs_a_gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("name", ["vit", "refined"])
 def test_a_replayed_step_is_the_step(name, optimizer, request):
-    plain = request.getfixturevalue(name).cuda()
-    replayed, calls = copy.deepcopy(plain), []
-    losses = train_in_steps(plain, optimizer)
+    stepwise = request.getfixturevalue(name).cuda()
+    replayed, calls = copy.deepcopy(stepwise), []
+    losses = train_in_steps(stepwise, optimizer)
     replayed.register_forward_hook(lambda *_: calls.append(1))
     assert torch.allclose(train_in_steps(replayed, optimizer, replay=True), losses, rtol=1e-3)
     assert len(calls) == cuda_graphs.WARM_UP_STEPS + 1 + 1  # the recording; the smaller batch
-    others = dict(plain.named_parameters())
+    others = dict(stepwise.named_parameters())
     for key, one in replayed.named_parameters():
         if not key.endswith("key.bias"):  # whose gradient is nothing but rounding
             assert (one - others[key]).norm() <= 0.02 * others[key].norm(), key
@@ -172,23 +172,19 @@ def test_a_replayed_step_is_the_step(name, optimizer, request):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_learning_rates_in_tensors_mean_the_same(vit, optimizer):
     models = vit, copy.deepcopy(vit)
-    plain, recordable = (make_optimizer(model, optimizer, 3e-3, 0.1) for model in models)
+    usual, recordable = (make_optimizer(model, optimizer, 3e-3, 0.1) for model in models)
     for _ in range(2):
         for one, other in zip(*(model.parameters() for model in models), strict=True):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
-        plain.step()
+        usual.step()
         with cuda_graphs.rates_on_device(recordable) as rates:
-            assert all(rate.item() == pytest.approx(3e-3) for rate in rates)
-            assert all(
-                group["lr"] is rate
-                for group, rate in zip(recordable.param_groups, rates, strict=True)
-            )
-            assert all(group["capturable"] for group in recordable.param_groups)
+            for group, rate in zip(recordable.param_groups, rates, strict=True):
+                assert group["lr"] is rate and rate.item() == pytest.approx(3e-3)
+                assert group["capturable"]
             recordable.step()
     for group in recordable.param_groups:
-        assert (group["lr"], group["capturable"]) == (3e-3, False)
-        assert isinstance(group["lr"], float)
+        assert (type(group["lr"]), group["lr"], group["capturable"]) == (float, 3e-3, False)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
 
@@ -203,8 +199,8 @@ def test_training_goes_on_where_no_graph_can_be_recorded(vit, monkeypatch, capsy
     def graph(graph, stream):
         raise RuntimeError("no graphs")
 
-    plain, replayed = vit, copy.deepcopy(vit)
-    losses = train_in_steps(plain, "muon")
+    stepwise, replayed = vit, copy.deepcopy(vit)
+    losses = train_in_steps(stepwise, "muon")
     for name, replacement in (
         ("Stream", Stream),
         ("current_stream", Stream),
@@ -215,24 +211,15 @@ def test_training_goes_on_where_no_graph_can_be_recorded(vit, monkeypatch, capsy
     ):
         monkeypatch.setattr(torch.cuda, name, replacement)
     assert torch.equal(train_in_steps(replayed, "muon", replay=True), losses)
-    assert (
-        capsys.readouterr().out.count("CUDA graphs do not work here (RuntimeError: no graphs)") == 1
-    )
-    assert all(map(torch.equal, replayed.parameters(), plain.parameters()))
+    said = capsys.readouterr().out
+    assert said.count("CUDA graphs do not work here (RuntimeError: no graphs)") == 1
+    assert all(map(torch.equal, replayed.parameters(), stepwise.parameters()))
 
 
-def test_batches_of_another_shape_are_not_replayed(vit, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Stream", object)
-    step = cuda_graphs.ReplayedStep(lambda noisy, clean: len(noisy), None)
-    step.shape, step.warm_up, step.graph = torch.Size([4, 3, 32, 32]), 0, "recorded for four"
-    assert step(torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)) == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@needs_a_gpu
 def test_passes_are_recorded_for_every_capacity(seeded):
-    model, images = SmallViT(MODELS["routed"]).cuda().eval(), torch.rand(2, 3, 32, 32).cuda()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    model = filled(SmallViT(MODELS["routed"])).cuda().eval()
+    images = torch.rand(2, 3, 32, 32).cuda()
     passes = cuda_graphs.ReplayedModel(model)
     with torch.inference_mode():
         for model.capacity in (1.0, 0.25) * 3:
@@ -240,15 +227,15 @@ def test_passes_are_recorded_for_every_capacity(seeded):
     assert len(passes.passes) == 2 and all(passes.passes.values())
 
 
-def test_bfloat16_stays_close_to_float32_and_keeps_float32_weights(few, plain):
+def test_bfloat16_stays_close_to_float32_and_keeps_float32_weights(few, default_run):
     state = train_few(few, dtype="bfloat16")
-    one, other = (s["history"][-1]["train_mse"] for s in (plain, state))
+    one, other = (s["history"][-1]["train_mse"] for s in (default_run, state))
     assert other == pytest.approx(one, rel=0.02)
     assert other != one
     assert all(t.dtype == torch.float32 for t in state["best"]["model"].values())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@needs_a_gpu
 def test_replayed_passes_are_those_of_the_model(vit):
     model, batches = vit.cuda().eval(), torch.rand(6, 3, 32, 32, device="cuda").split([2, 1, 3])
     passes = cuda_graphs.ReplayedModel(model)
@@ -262,13 +249,3 @@ def test_replayed_passes_are_those_of_the_model(vit):
             with torch.no_grad():
                 model.patch_embed.weight.mul_(0.9)  # as training changes it
     assert all(passes.passes.values()) and len(passes.passes) == 3
-
-
-def test_passes_on_a_cpu_are_the_models_own(vit):
-    calls = []
-    vit.eval().register_forward_hook(lambda *_: calls.append(1))
-    passes = cuda_graphs.ReplayedModel(vit)
-    with torch.inference_mode():
-        for _ in range(3):
-            passes(torch.rand(1, 3, 32, 32))
-    assert len(calls) == 3 and not passes.passes

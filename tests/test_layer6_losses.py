@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.user_errors import UserError
 from conftest import train_few
 from experiment import evaluation, losses
 from experiment.losses import LOSSES
@@ -19,6 +20,11 @@ def test_ssim_is_that_of_scikit_image(photos):
     noisy, clean = pair(photos)
     measured = [evaluation.ssim(x, y) for x, y in zip(noisy.numpy(), clean.numpy(), strict=True)]
     assert 1 - losses.ssim(noisy, clean).item() == pytest.approx(np.mean(measured), abs=1e-4)
+
+
+def test_ssim_needs_images_of_its_window():
+    with pytest.raises(UserError, match="at least 7×7"):
+        losses.ssim(torch.zeros(1, 3, 6, 9), torch.zeros(1, 3, 6, 9))
 
 
 def test_psnr_and_charbonnier_are_their_formulas(photos):
@@ -49,7 +55,7 @@ def test_a_loss_is_least_at_the_true_image_and_its_gradient_leads_there(photos, 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains(few, loss):
-    history = train_few(few, loss=loss, lr=1e-3)["history"]
+    history = train_few(few, loss=loss)["history"]
     assert history[-1]["val_mse"] < history[0]["val_mse"]
 
 

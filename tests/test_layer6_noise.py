@@ -6,12 +6,13 @@ import skimage.data
 import torch
 
 from experiment.tiling import estimate_noise
-from images.degradations import DRAWS, GaussianNoise
+from images.degradations import NOISE_MAPS, GaussianNoise
 from images.image_sources import Split
 from images.noisy_images import NoisyImageDataset, noisy_splits
+from images.training_batches import training_batches
 
 LOW, HIGH = 0.05, 0.4
-any_map = pytest.mark.parametrize("noise_map", DRAWS)
+any_map = pytest.mark.parametrize("noise_map", NOISE_MAPS)
 
 
 def between(noise_map, unclipped=False):
@@ -27,7 +28,7 @@ def of_evaluation(dataset):
 def of_training(dataset):
     """(noisy, clean, σ) of all images, mirrored, with fresh noise."""
     how = {"seed": 0, "epoch": 1, "flip": True, "with_sigma": True}
-    noisy, clean, _, sigma = next(dataset.shuffled_batches(len(dataset), **how))
+    noisy, clean, _, sigma = next(training_batches(dataset, len(dataset), **how))
     return noisy, clean, sigma
 
 
@@ -39,57 +40,42 @@ def oblong(photos):
     """A function(map) that gives 256 images of 24 rows and 32 columns with noise of it."""
     split = photos.train[:256]
     split.images = split.images[:, :, :24]
-    return lambda noise_map: NoisyImageDataset(split, degradation=between(noise_map, True))
+    return lambda noise_map: NoisyImageDataset(split, between(noise_map, unclipped=True))
 
 
 # One σ for an image --------------------------------------------------------------------------
 
 
-def test_flips_mirror_image_and_noise_free_target_alike(photos):
-    dataset = NoisyImageDataset(photos.train[:64], noise_level=0.0)
-    plain, flipped = (
-        next(dataset.shuffled_batches(64, seed=0, epoch=1, flip=flip)) for flip in (False, True)
+def test_flips_mirror_images_and_leave_the_noise(photos):
+    dataset = NoisyImageDataset(photos.train[:64], GaussianNoise(0.1, unclipped=True))
+    (noisy, clean, _), (of_flipped, flipped, _) = (
+        next(training_batches(dataset, 64, 0, 1, flip=flip)) for flip in (False, True)
     )
-    mirrored = (flipped[1] == plain[1].flip(3)).flatten(1).all(1)
-    same = (flipped[1] == plain[1]).flatten(1).all(1)
+    mirrored = (flipped == clean.flip(3)).flatten(1).all(1)
+    same = (flipped == clean).flatten(1).all(1)
     assert (mirrored | same).all()
     assert 16 < mirrored.sum() < 48
-    assert torch.equal(flipped[0], flipped[1])
-    noisy = [
-        next(NoisyImageDataset(photos.train[:64]).shuffled_batches(64, 0, 1, flip=flip))
-        for flip in (False, True)
-    ]
-    assert torch.equal(noisy[0][0][same], noisy[1][0][same])  # the published noise is left alone
+    assert torch.allclose(of_flipped - flipped, noisy - clean, atol=1e-6)
 
 
-def test_every_image_draws_its_noise_level_from_a_range(photos):
-    grey = photos.train[[0] * 256]
-    grey.images = torch.full_like(grey.images, 128)  # far enough from the ends to clamp little
-    dataset = NoisyImageDataset(grey, (0.02, 0.1))
-    for batch in (next(dataset.batches(256)), next(dataset.shuffled_batches(256, 0, 1))):
-        sigma = (batch[0] - batch[1]).flatten(1).std(1)
-        assert sigma.min() == pytest.approx(0.02, abs=0.003)
-        assert sigma.max() == pytest.approx(0.1, abs=0.003)
-        assert sigma.median() == pytest.approx((0.02 * 0.1) ** 0.5, abs=0.006)  # log-uniform
-    assert torch.equal(dataset[7][0], next(dataset.batches(256))[0][7])
-
-
-@pytest.mark.parametrize("level", [-0.1, (0.3, 0.1), float("nan"), (-0.1, 0.2), (0, 0.2)])
-def test_impossible_noise_levels_are_refused(photos, level):
+@pytest.mark.parametrize(
+    "level", [-0.1, (0.3, 0.1), float("nan"), (-0.1, 0.2), (0, 0.2), (0.1, 0.2, 0.3), 1e-7]
+)
+def test_impossible_noise_levels_are_refused(level):
     with pytest.raises(ValueError, match="noise_level must be"):
-        NoisyImageDataset(photos.test, level)
+        GaussianNoise(level)
 
 
 @pytest.mark.parametrize("level", [(0.2, 0.2), (LOW, HIGH)])
 def test_noise_of_one_sigma_is_what_it_always_was(photos, level):
-    """Recomputed by hand: figures of trainings and checkpoints rest on it."""
+    """Recomputed by hand, log-uniform in a range: all figures of trainings rest on it."""
 
     def generator(*key):
         seed = np.random.SeedSequence(key).generate_state(1)[0]
         return torch.Generator().manual_seed(int(seed))
 
     low, high = level
-    dataset = NoisyImageDataset(photos.train[:40], level, stream=1)
+    dataset = NoisyImageDataset(photos.train[:40], GaussianNoise(level), stream=1)
     images = dataset.split.images.float() / 255
     for index in range(40):
         own = np.random.default_rng((1, index))
@@ -98,7 +84,7 @@ def test_noise_of_one_sigma_is_what_it_always_was(photos, level):
         expected = (torch.from_numpy(noise * sigma) + images[index]).clamp(0, 1)
         assert torch.equal(dataset[index][0], expected)
     order = torch.randperm(40, generator=generator(5, 3)).split(16)
-    for step, (noisy, clean, _) in enumerate(dataset.shuffled_batches(16, seed=5, epoch=3)):
+    for step, (noisy, clean, _) in enumerate(training_batches(dataset, 16, seed=5, epoch=3)):
         fresh = generator(5, 3, step)
         noise = torch.randn(clean.shape, generator=fresh)
         sigma = low * (high / low) ** torch.rand(len(clean), 1, 1, 1, generator=fresh)
@@ -155,64 +141,53 @@ def test_noise_has_the_sigma_that_is_told(oblong, noise_map, draw):
 
 def test_every_image_stream_and_step_has_a_map_of_its_own(photos):
     same = photos.test[[0] * 8]
-    first, other = (
-        NoisyImageDataset(same, stream=n, degradation=between("regions")) for n in (0, 1)
-    )
+    first, other = (NoisyImageDataset(same, between("regions"), stream) for stream in (0, 1))
     maps = [first.sigma(0), first.sigma(1), other.sigma(0)]
     keys = [(0, 1), (0, 2), (1, 1)]  # of seed and epoch
     for key in keys:
-        steps = list(first.shuffled_batches(4, *key, with_sigma=True))
-        again = next(first.shuffled_batches(4, *key, with_sigma=True))
+        steps = list(training_batches(first, 4, *key, with_sigma=True))
+        again = next(training_batches(first, 4, *key, with_sigma=True))
         assert all(map(torch.equal, steps[0], again))
         maps += [sigma for batch in steps for sigma in batch[3]]
     assert len({sigma.numpy().tobytes() for sigma in maps}) == 3 + 8 * len(keys)
 
 
 @any_map
-def test_other_devices_levels_and_counts_keep_the_map(photos, noise_map):
-    dataset = NoisyImageDataset(photos.test[:8], stream=3, degradation=between(noise_map, True))
-    assert torch.equal(dataset.to("cpu")[5][0], dataset[5][0])
-    fewer = dataset.at((2 * LOW, 2 * HIGH), 6)
-    assert len(fewer) == 6 and fewer.degradation.noise_map == noise_map
-    assert torch.allclose(fewer.sigma(5), 2 * dataset.sigma(5))
-    noise = GaussianNoise(0.1, unclipped=True)
-    uniform = NoisyImageDataset(photos.test[:8], stream=3, degradation=noise)
-    one = dataset.at(0.1)
-    assert torch.allclose(one.sigma(5), torch.tensor(0.1))
-    assert torch.allclose(one[5][0], uniform[5][0], atol=1e-6)
-    assert str(one.degradation) == "σ = 0.1 (unclipped)"
+def test_another_noise_level_is_the_same_everywhere(photos, noise_map):
+    dataset = NoisyImageDataset(photos.test[:8], between(noise_map, unclipped=True), stream=3)
+    at_one = dataset.at(0.1, 6)
+    uniform = NoisyImageDataset(photos.test[:8], GaussianNoise(0.1, unclipped=True), stream=3)
+    assert len(at_one) == 6 and at_one.degradation == uniform.degradation
+    assert torch.allclose(at_one.sigma(5), torch.tensor(0.1))
+    assert torch.allclose(at_one[5][0], uniform[5][0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("noise_level", "noise_map", "text"),
+    ("noise", "text"),
     [
-        (0.2, "uniform", "σ = 0.2"),
-        ((0.2, 0.2), "uniform", "σ = 0.2"),
-        ((0.2, 0.2), "regions", "σ = 0.2"),
-        ((0.05, 0.35), "uniform", "σ = 0.05 to 0.35"),
-        ((0.01, 25 / 255), "uniform", "σ = 0.01 to 25/255"),
-        ((0.123456, 0.123456), "uniform", "σ = 0.123456"),
-        ((0.05, 0.4), "regions", "σ = 0.05 to 0.4 (regions)"),
+        (GaussianNoise(0.2), "σ = 0.2"),
+        (GaussianNoise((0.2, 0.2), unclipped=True), "σ = 0.2 (unclipped)"),
+        (GaussianNoise((0.05, 0.35), jpeg_share=0.5), "σ = 0.05 to 0.35 (50 % JPEG)"),
+        (GaussianNoise((0.01, 25 / 255)), "σ = 0.01 to 25/255"),
+        (GaussianNoise(0.123456), "σ = 0.123456"),
+        (GaussianNoise((0.05, 0.4), "regions"), "σ = 0.05 to 0.4 (regions)"),
     ],
 )
-def test_noise_in_words(noise_level, noise_map, text):
-    assert str(GaussianNoise(noise_level, noise_map)) == text
+def test_noise_in_words(noise, text):
+    assert str(noise) == text
 
 
 # Reproducible and different -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("level", "noise_map"), [(0.2, "uniform"), *(((LOW, HIGH), noise_map) for noise_map in DRAWS)]
-)
-def test_evaluation_noise_is_the_same_for_any_batch_size(photos, level, noise_map):
-    noise = GaussianNoise(level, noise_map)
-    dataset = NoisyImageDataset(photos.test[:50], stream=2, degradation=noise)
-    whole = torch.cat([noisy for noisy, _, _ in dataset.batches(50)])
+@any_map
+def test_evaluation_noise_is_the_same_for_any_batch_size(photos, noise_map):
+    dataset = NoisyImageDataset(photos.test[:50], between(noise_map), stream=2)
+    at_once = next(dataset.batches(50))[0]
     for size in (1, 7, 64):
-        assert torch.equal(torch.cat([noisy for noisy, _, _ in dataset.batches(size)]), whole)
-    assert torch.equal(dataset[33][0], whole[33])
-    assert torch.equal(dataset[-1][0], whole[-1])
+        assert torch.equal(torch.cat([noisy for noisy, _, _ in dataset.batches(size)]), at_once)
+    assert torch.equal(dataset[33][0], at_once[33])
+    assert torch.equal(dataset[-1][0], at_once[-1])
 
 
 def test_splits_epochs_and_images_have_noise_of_their_own(photos):
@@ -226,24 +201,23 @@ def test_splits_epochs_and_images_have_noise_of_their_own(photos):
     assert not torch.equal(shifted[0][0], grey[1][0])  # stream 1, image 0; stream 0, image 1
     train.split = train.split[[0] * 8]  # one image, so that the order does not matter
     first, again, second, other = (
-        next(train.shuffled_batches(8, seed, epoch))[0]
+        next(training_batches(train, 8, seed, epoch))[0]
         for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1))
     )
     assert torch.equal(first, again)
-    steps = [noisy for noisy, _, _ in train.shuffled_batches(4, seed=0, epoch=1)]
-    assert not torch.equal(*steps)
     assert not torch.equal(first, second)
     assert not torch.equal(first, other)
+    steps = [noisy for noisy, _, _ in training_batches(train, 4, seed=0, epoch=1)]
+    assert not torch.equal(*steps)
 
 
 def test_an_epoch_sees_every_image_once(photos):
-    labels = torch.arange(len(photos.val))
-    photos_val = photos.val[:]
-    photos_val.labels = labels
-    dataset = NoisyImageDataset(photos_val)
-    seen = torch.cat([batch[2] for batch in dataset.shuffled_batches(64, seed=0, epoch=3)])
-    assert not torch.equal(seen, labels)
-    assert torch.equal(seen.sort().values, labels)
+    split = photos.val[:]
+    split.labels = torch.arange(len(split))
+    batches = training_batches(NoisyImageDataset(split), 64, seed=0, epoch=3)
+    seen = torch.cat([labels for _, _, labels in batches])
+    assert not torch.equal(seen, split.labels)
+    assert torch.equal(seen.sort().values, split.labels)
 
 
 def test_lossless_share_is_kept(photos):
@@ -252,21 +226,21 @@ def test_lossless_share_is_kept(photos):
     split.labels = split.lossless.long()
     dataset = NoisyImageDataset(split)
     for lossless_share in (0.0, 0.5, 1.0):
-        batches = dataset.shuffled_batches(64, 0, 1, lossless_share)
+        batches = training_batches(dataset, 64, 0, 1, lossless_share)
         labels = torch.cat([labels for _, _, labels in batches])
         assert len(labels) == 1000
         assert labels.double().mean().item() == lossless_share
     split.lossless[:] = True
-    assert len(list(NoisyImageDataset(split).shuffled_batches(64, 0, 1, lossless_share=1.0))) == 16
+    assert len(list(training_batches(dataset, 64, 0, 1, lossless_share=1.0))) == 16
     with pytest.raises(ValueError, match="no image is lossy"):
-        next(dataset.shuffled_batches(64, 0, 1, lossless_share=0.5))
+        next(training_batches(dataset, 64, 0, 1, lossless_share=0.5))
 
 
 def test_images_of_different_sizes_need_a_crop():
     images = [torch.zeros(3, 8, side, dtype=torch.uint8) for side in (8, 12)]
     dataset = NoisyImageDataset(Split(images, torch.zeros(2), torch.ones(2, dtype=torch.bool)))
     with pytest.raises(ValueError, match="need a crop"):
-        next(dataset.shuffled_batches(2, 0, 1))
+        next(training_batches(dataset, 2, 0, 1))
 
 
 # Its estimate --------------------------------------------------------------------------------

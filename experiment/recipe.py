@@ -1,0 +1,139 @@
+"""What decides the result of a training besides the images.
+
+The values of the recipes stand in denoising_experiment_proper.py; `--help` shows them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from common.options import Number, as_option, check_fields, given_fields, option, told_as_options
+from common.user_errors import UserError
+from images.degradations import KINDS, Degradation, GaussianNoise, degradation_of
+from images.image_sources import SIZE, ImageSource
+from images.noisy_images import NoisyImageDataset, noisy_splits
+from images.training_batches import training_batches
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training; the defaults are the published one. Values out of their range: BadOption."""
+
+    degradation: Degradation = GaussianNoise()  # noqa: RUF009, it is frozen
+    model: str = option("published", "architecture")
+    init: str | None = option(
+        None,
+        "checkpoint of the same architecture whose weights training starts from; without it they "
+        "are random",
+        metavar="FILE",
+    )
+    epochs: int = option(30, "passes over the training images", type=Number(int, 1))
+    steps: int | None = option(
+        None,
+        "steps to train for, in place of --epochs; the learning rate then warms up and falls "
+        "straight to 0, a little in every step",
+        type=Number(int, 1),
+    )
+    # Of the learning rate: "epoch", a cosine to 0 that falls once per epoch, as published, or
+    # "step", WARM_UP of all steps upwards and then straight down to 0, a little in every step.
+    schedule: str = "epoch"
+    batch_size: int = option(64, "images per step, of all processes together", type=Number(int, 1))
+    optimizer: str = option(
+        "adamw", "muon orthogonalises the momentum of matrices", choices=["adamw", "muon"]
+    )
+    lr: float = option(1e-3, "initial learning rate", type=Number(float, above=True))
+    weight_decay: float = option(
+        1e-4, "decoupled, of all parameters; by muon, of matrices alone", type=Number(float)
+    )
+    loss: str = option(
+        "mse", "mean squared error; minus the mean PSNR; a smooth absolute error; or 1 - SSIM"
+    )
+    balance_weight: float = 0.01  # of the load-balancing loss of each block
+    crop: int | None = option(
+        None,
+        "train on random square crops of this side, out of images that stay whole; an epoch is 64 "
+        "crops of each; without it, on thumbnails of 32×32",
+        type=Number(int, 1, most=4096),
+        metavar="PIXELS",
+    )
+    flip: bool = option(False, "mirror each training image left to right with probability 1/2")
+    transpose: bool = option(
+        False,
+        "turn it upside down and swap its axes, each with probability 1/2: with --flip, all eight "
+        "symmetries of a square",
+    )
+    lossless_share: float | None = option(
+        None,
+        "for a folder that mixes lossless and lossy (JPEG, WebP) files: part of the training "
+        "samples to draw from the lossless ones, which alone then serve for validation; without "
+        "it, all files alike",
+        type=Number(float, most=1),
+        metavar="SHARE",
+    )
+    seed: int = option(
+        42,
+        "seed of initialisation, train/validation split, data order and training noise",
+        type=Number(int),
+    )
+    dtype: str = option(
+        "float32",
+        "of matrix products; bfloat16 runs them under autocast, weights stay float32",
+        choices=["float32", "bfloat16"],
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Recipe":
+        """The recipe that `as_dict` wrote, also that of an earlier version, with fewer entries."""
+        return cls(**given_fields(cls, settings) | {"degradation": degradation_of(settings)})
+
+    def as_dict(self) -> dict:
+        """Plain values that torch.save and JSON give back as they were."""
+        values = self.degradation.as_dict() | vars(self)
+        del values["degradation"]
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    def of_steps(self, train_set: NoisyImageDataset) -> "Recipe":
+        """The same with the epochs that its steps take, if it has any."""
+        epochs = self.steps and math.ceil(self.steps / train_set.steps_per_epoch(self.batch_size))
+        return replace(self, epochs=epochs or self.epochs)
+
+    def batches(self, train_set: NoisyImageDataset, epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        """The (noisy, clean, labels) batches of an epoch."""
+        names = ("lossless_share", "flip", "transpose", "crop")
+        how = {name: getattr(self, name) for name in names}
+        return training_batches(train_set, self.batch_size, self.seed, epoch, **how)
+
+    def splits(self, source: ImageSource) -> tuple[NoisyImageDataset | None, ...]:
+        """(train, val, test) data sets of an image source; a UserError if they cannot be made."""
+        side, scale = self.crop or SIZE, self.degradation.multiple
+        if side % scale:
+            wrong = f"--scale {scale} does not divide the {side} pixels of a training image"
+            raise UserError(f"{wrong}; give a --crop that it divides")
+        return noisy_splits(source, self.degradation, self.lossless_share)
+
+
+def changed(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """A recipe with the options that are given, not None; a UserError if one is wrong here."""
+    given = {name: value for name, value in given.items() if value is not None}
+    changes = given_fields(Recipe, given)
+    if "epochs" in changes:
+        if "steps" in changes:
+            raise UserError("--epochs and --steps both say how long to train; name one of them")
+        changes["steps"] = None
+    elif "steps" in changes:  # may be less than an epoch, in which nothing would fall
+        changes["schedule"] = "step"
+    # Another task does not have the noise of the recipe, either.
+    task = given.get("task", recipe.degradation.task)
+    own = recipe.degradation.as_dict() if task == recipe.degradation.task else {"task": task}
+    for other, kind in KINDS.items():
+        for declared in fields(kind):
+            if other != task and declared.name in given:
+                raise UserError(f"{as_option(declared.name)} is of --task {other}; drop it")
+    with told_as_options():
+        return replace(recipe, degradation=degradation_of(own | given), **changes)

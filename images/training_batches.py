@@ -1,0 +1,121 @@
+"""What training steps are shown: shuffled batches, cropped and mirrored, with fresh noise."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from images.degradations import Draws
+from images.noisy_images import NoisyImageDataset
+
+CROP_STREAM = 1  # keeps the places of crops apart from the noise
+STEPS_PER_READ = 50  # reading a loss for the progress bar makes the CPU wait for a GPU
+
+
+def training_batches(
+    dataset: NoisyImageDataset,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    lossless_share: float | None = None,
+    flip: bool = False,
+    transpose: bool = False,
+    crop: int | None = None,
+    with_sigma: bool = False,
+) -> Iterator[tuple[Tensor, ...]]:
+    """One epoch of training: (noisy, clean, labels) batches, shuffled, with fresh noise.
+
+    Order and noise depend on (seed, epoch, step) alone, so that a run can go on from any epoch as
+    if it had never stopped. The order is the same on every device, the noise on every device of
+    one model. The last batch may be smaller.
+
+    Args:
+        lossless_share: part of the samples to draw from losslessly stored images; None: all once.
+        flip: mirror each image left to right with probability 1/2.
+        transpose: turn each image upside down, and then swap its axes, each with probability 1/2;
+            with `flip`, all eight symmetries occur. For square images.
+        crop: side of the random crops to take; None takes whole images, which must be of one size.
+        with_sigma: yield σ of every pixel, float32 [n, 3, h, w], as the fourth of a batch.
+
+    Raises a ValueError if there is no image of a kind or size that is asked for.
+    """
+    if dataset.full_size and not crop:
+        raise ValueError("images of sizes that differ need a crop")
+    order = shuffled_order(dataset, generator_of(seed, epoch), lossless_share)
+    for step, indices in enumerate(order.split(batch_size)):
+        if crop:
+            places = generator_of(seed, epoch, step, CROP_STREAM)
+            images = [random_crop(dataset.split.images[i], crop, places) for i in indices.tolist()]
+            clean = torch.stack(images)
+        else:
+            clean = dataset.split.images[indices.to(dataset.device)]
+        clean = clean.float() / 255
+        generator = generator_of(seed, epoch, step, device=dataset.device)
+        here = {"generator": generator, "device": dataset.device}
+        normal = torch.randn(clean.shape, **here)
+        uniform = torch.rand(len(clean), dataset.degradation.numbers, **here)
+        if flip:
+            clean = half_of_them(clean, clean.flip(3), **here)
+        if transpose:
+            clean = half_of_them(clean, clean.flip(2), **here)
+            clean = half_of_them(clean, clean.transpose(2, 3), **here)
+        batch = dataset.degraded(clean, Draws(normal, uniform), indices)
+        yield batch if with_sigma else batch[:3]
+
+
+def with_progress(
+    batches: Iterator[tuple], sums: Tensor, title: str, first: int, count: int, silent: bool = False
+) -> Iterator[tuple[int, tuple]]:
+    """(step, batch) of at most `count` batches from step `first` on, with a bar on a terminal.
+
+    To the first value of sums, float32 [2], the caller adds each batch's squared errors.
+    """
+    looks = {"unit": "step", "leave": False, "dynamic_ncols": True}
+    hidden = silent or None  # None: where there is no terminal
+    bar = tqdm(itertools.islice(batches, count), title, count, disable=hidden, **looks)
+    images = 0
+    for step, batch in enumerate(bar, 1):
+        yield first + step - 1, batch
+        images += len(batch[0])
+        if not bar.disable and step % STEPS_PER_READ == 0:
+            bar.set_postfix_str(f"mse {sums[0].item() / images:.4f}")
+
+
+def random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """[3, h, w] -> [3, size, size]."""
+    height, width = image.shape[1:]
+    top = torch.randint(height - size + 1, (), generator=generator)
+    left = torch.randint(width - size + 1, (), generator=generator)
+    return image[:, top : top + size, left : left + size]
+
+
+def shuffled_order(dataset: NoisyImageDataset, generator, lossless_share: float | None) -> Tensor:
+    """Indices of the images of an epoch, int64 [epoch_size]."""
+    total = dataset.epoch_size
+    if lossless_share is None:
+        return torch.randperm(total, generator=generator) % len(dataset)
+    drawn, wanted = [], round(lossless_share * total)
+    for stored_lossless, count in ((True, wanted), (False, total - wanted)):
+        pool = (dataset.split.lossless == stored_lossless).nonzero().flatten()
+        if count and not len(pool):
+            raise ValueError(f"no image is {'lossless' if stored_lossless else 'lossy'}")
+        while count > 0:  # a pool smaller than its part is gone through again
+            drawn.append(pool[torch.randperm(len(pool), generator=generator)][:count])
+            count -= len(drawn[-1])
+    drawn = torch.cat(drawn)
+    return drawn[torch.randperm(len(drawn), generator=generator)]
+
+
+def half_of_them(images: Tensor, others: Tensor, **generator) -> Tensor:
+    """[n, 3, h, w] twice -> the same: of each image, by chance, the first or the second."""
+    chosen = torch.rand(len(images), **generator) < 0.5
+    return torch.where(chosen.view(-1, 1, 1, 1), others, images)
+
+
+def generator_of(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator seeded by several numbers, mixed by numpy's SeedSequence."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(seed)
