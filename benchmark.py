@@ -1,8 +1,7 @@
 """Times layer, training and evaluation side by side with yardsticks, and how the layer grows.
 
-    python benchmark.py --dataset photos           # all rows but the last, a quarter of an hour
-    python benchmark.py --dataset photos --quick   # a minute or two on 2 CPU cores
-    python benchmark.py --rows "time to 25.12 dB"  # trains; three minutes on 2 CPU cores
+    python benchmark.py --dataset photos          # a quarter of an hour on 2 CPU cores
+    python benchmark.py --dataset photos --quick  # a minute or two
 
 The yardsticks are the straightforward implementation, which gathers the selected values, and a
 vision transformer of the same width with ordinary dense attention; the refined and the routed
@@ -11,7 +10,6 @@ warm-up; a figure is the median. Prints its tables and writes benchmark_results.
 """
 
 import json
-import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from common.safe_files import check_writable, write_text
 from common.user_errors import UserError, run_main
-from denoising_experiment_proper import RECIPES, train, training_step
+from denoising_experiment_proper import RECIPES, training_step
 from experiment import command_line as cli
 from experiment.cuda_graphs import WARM_UP_STEPS, ReplayedModel, ReplayedStep, compiled, replayed
 from experiment.evaluation import evaluate
@@ -32,7 +30,7 @@ from experiment.reports import print_head, print_row
 from images.image_sources import load_images
 from images.noisy_images import NoisyImageDataset
 from images.training_batches import training_batches
-from small_vit import MODELS, SmallViT
+from small_vit import SmallViT
 from studies import benchmark_large as large
 from studies.model_variants import YARDSTICKS, make_yardsticks
 from studies.timing import alternate, processor_name
@@ -41,9 +39,7 @@ SIDE_BY_SIDE = (
     *("layer forward", "layer forward+backward", "training step", "inference"),
     *("inference, 1,000 images", "evaluation"),
 )
-PUBLISHED_PSNR = 25.12  # dB, of the original's 10,000 test images of CIFAR-10
-TRAINING = f"time to {PUBLISHED_PSNR} dB"
-ROWS = (*SIDE_BY_SIDE, "tokens", "photograph", "tiles", TRAINING)
+ROWS = (*SIDE_BY_SIDE, "tokens", "photograph", "tiles")
 
 
 @dataclass
@@ -56,9 +52,6 @@ class Effort:
     evaluation_images: int = 10_000
     tokens: tuple = (64, 256, 1024, 4096, 16384)
     tiles: tuple = ((64, 16), (128, 16), (256, 16), (256, 32), (512, 32), (1024, 32))  # overlaps
-    training_steps: int = RECIPES["quick"].steps
-    straightforward_steps: int = 20  # to time beside them
-    verdict: bool = True  # whether the training is long enough for one
     dtype: str = "float32"  # of matrix products
     compile: bool = False
     seed: int = 42
@@ -70,9 +63,6 @@ QUICK = Effort(
     evaluation_images=256,
     tokens=(64, 256, 1024),
     tiles=((64, 16), (128, 16)),
-    training_steps=4,
-    straightforward_steps=2,
-    verdict=False,
 )
 
 
@@ -150,52 +140,6 @@ def measure(
     return result
 
 
-# Time to the published quality ---------------------------------------------------------------
-
-
-def measure_training(recipe: Recipe, splits: tuple, effort: Effort) -> dict:
-    """Trains by the quick recipe, as the training script does, and tests; returns the figures.
-
-    Beside it, the time that the straightforward implementation would take for the published recipe:
-    some of its steps, timed right after the training, times their number. Neither time has
-    validation in it, and the steps not even the drawing of their batches.
-    """
-    train_set, val_set, test_set = splits
-    device, published = train_set.device, RECIPES["published"]
-    if not effort.verdict:
-        sigma, few = test_set.degradation.noise_level, effort.evaluation_images
-        val_set, test_set = val_set.at(sigma, few), test_set.at(sigma, few)
-    torch.manual_seed(recipe.seed)
-    model = SmallViT(MODELS[recipe.model]).to(device)
-    fast = compiled(model) if effort.compile else None
-    state = train(model, train_set, val_set, recipe.of_steps(train_set), fast=fast)
-    model.load_state_dict(state["best"]["model"])
-    seconds = state["history"][-1]["seconds"]
-    psnr = evaluate(model, test_set).summary()["psnr_mean"]
-
-    batch = next(training_batches(train_set, published.batch_size, effort.seed, epoch=1))[:2]
-    slow = make_yardsticks(device, ["straightforward"])["straightforward"]
-    functions = {"step": function_of("training step", "straightforward", slow, batch, effort)}
-    step = alternate(functions, effort.straightforward_steps, math.inf, device)["step"]
-    steps = published.epochs * train_set.steps_per_epoch(published.batch_size)
-
-    result = {"steps": recipe.steps, "seconds": seconds, "psnr": psnr}
-    result |= {"straightforward_steps": steps, "straightforward_step_seconds": step}
-    verdict, ratio = "no verdict: cut short", "–"
-    if effort.verdict:
-        result |= {"passed": psnr >= PUBLISHED_PSNR, "times_faster": steps * step / seconds}
-        verdict, ratio = "yes" if result["passed"] else "no", f"{result['times_faster']:,.0f}"
-    print_head(
-        *("quick recipe", "training (s)", "test PSNR (dB)", f"passed {PUBLISHED_PSNR} dB"),
-        *("straightforward, published recipe (s)", "times faster"),
-    )
-    print_row(
-        *(f"{recipe.steps:,} steps", f"{seconds:.1f}", f"{psnr:.3f}", verdict),
-        *(f"{steps:,} steps of {step:.3f}: {steps * step:,.0f}", ratio),
-    )
-    return result
-
-
 # The command ---------------------------------------------------------------------------------
 
 
@@ -207,23 +151,21 @@ def parse_args():
         "python benchmark.py --dataset photos --quick",
     )
     cli.add_data(parser)
-    cli.add_fields(parser.add_argument_group("training"), Recipe, ("lossless_share", "seed"))
+    cli.add_fields(parser.add_argument_group("batches"), Recipe, ("seed",))
     cli.add_computation(parser, dtype=True, compile=True)
     group = parser.add_argument_group("benchmark")
     group.add_argument(
         "--rows",
         nargs="+",
         choices=ROWS,
-        default=[row for row in ROWS if row != TRAINING],
+        default=ROWS,
         metavar="ROW",
-        help=f"what to time, out of: {', '.join(ROWS)} (default: all but the last, which trains "
-        "by the quick recipe and takes minutes; its verdict is for CIFAR-10)",
+        help=f"what to time, out of: {', '.join(ROWS)} (default: all)",
     )
     group.add_argument(
         "--quick",
         action="store_true",
-        help="2 rounds, fewer images and tiles, at most 1,024 tokens, 4 steps of training without "
-        "a verdict: a minute or two (default: no)",
+        help="2 rounds, fewer images, tiles and tokens: a minute or two (default: no)",
     )
     cli.add_output(parser, "benchmark_results.json", "figures to write, in place of earlier ones")
     return parser.parse_args()
@@ -236,9 +178,7 @@ def main():
     how = {"dtype": args.dtype, "compile": args.compile, "seed": args.seed}
     effort = replace(QUICK if args.quick else Effort(), **how)
     source = load_images(args.dataset, args.data_dir, args.seed)
-    recipe = replace(RECIPES["quick"], seed=args.seed, dtype=args.dtype)
-    recipe = replace(recipe, lossless_share=args.lossless_share, steps=effort.training_steps)
-    train_set, val_set, test_set = recipe.splits(source)
+    train_set, _, test_set = Recipe().splits(source)
     train_set = train_set.to(device)
     machine = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
@@ -246,7 +186,6 @@ def main():
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "dataset": source.name,
-        "lossless_share": args.lossless_share,
         **asdict(effort),
     }
     for name, value in machine.items():
@@ -268,8 +207,6 @@ def main():
         results["photograph"] = large.measure_photograph(effort, device)
     if "tiles" in args.rows:
         results["tiles"] = large.measure_tiles(effort, device)
-    if TRAINING in args.rows:
-        results["training"] = measure_training(recipe, (train_set, val_set, test_set), effort)
     write_text(json.dumps(results, indent=2) + "\n", args.output)
     print(f"\nwrote {args.output}")
     return 0

@@ -238,40 +238,6 @@ class DnCNN(nn.Module):
         return image if self.training else image.clamp(0, 1), []
 
 
-class UNet(nn.Module):
-    """Three resolutions, two 3×3 convolutions at each on the way down and up, and skips.
-
-    "U-Net", Ronneberger et al. 2015, predicting the noise. [B, 3, h, w] -> [B, 3, h, w].
-    """
-
-    def __init__(self, channels=36):
-        super().__init__()
-        c1, c2, c3 = channels, 2 * channels, 4 * channels
-        self.down1, self.down2, self.middle = two_convs(3, c1), two_convs(c1, c2), two_convs(c2, c3)
-        self.up2, self.merge2 = nn.ConvTranspose2d(c3, c2, 2, 2), two_convs(2 * c2, c2)
-        self.up1, self.merge1 = nn.ConvTranspose2d(c2, c1, 2, 2), two_convs(2 * c1, c1)
-        self.noise = nn.Conv2d(c1, 3, 3, padding=1)
-
-    def forward(self, noisy):
-        """As SmallViT's, without any routing."""
-        noisy = in_fastest_layout(noisy)
-        fine = self.down1(noisy)  # [B, C, h, w]
-        coarse = self.down2(F.max_pool2d(fine, 2))  # [B, 2C, h / 2, w / 2]
-        x = self.up2(self.middle(F.max_pool2d(coarse, 2)))  # [B, 2C, h / 2, w / 2]
-        x = self.up1(self.merge2(torch.cat([x, coarse], 1)))  # [B, C, h, w]
-        image = noisy - self.noise(self.merge1(torch.cat([x, fine], 1)))
-        return image if self.training else image.clamp(0, 1), []
-
-
-def two_convs(in_channels: int, out_channels: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        nn.ReLU(),
-    )
-
-
 # The variants --------------------------------------------------------------------------------
 
 
@@ -317,7 +283,6 @@ VARIANTS = {
     "photographs": vit("photographs"),
     "photographs, no attention": vit("photographs", attention=NoAttention, d_ff=610),
     "photographs, dense": vit("photographs", k_attend=(ALL_KEYS,)),
-    "U-Net": UNet,
     "DnCNN": DnCNN,
     "capacity, by router": of_tokens(),
     "capacity, by chance": of_tokens(choice=by_chance),

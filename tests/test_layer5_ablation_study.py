@@ -54,7 +54,7 @@ def test_ablation_study_trains_every_variant(study):
     assert max(row["parameters"] for row in results["rows"]) <= 599_689
     routed = {row["variant"]: np.shape(row["utilisation"]) for row in results["rows"]}
     assert routed["published"] == (2, 3) and routed["dense, one expert"] == (2, 1)
-    assert routed["U-Net"] == (0,)
+    assert routed["DnCNN"] == (0,)
     points = {row["variant"]: {p["at"]: p for p in row["points"]} for row in results["rows"]}
     budgets = points["capacity, by router"]
     assert list(points["published"]) == ["all"]

@@ -2,8 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 import torch
 
 import benchmark
-import denoising_experiment_proper as experiment
 from common.user_errors import UserError
 from studies import benchmark_large
 from studies.model_variants import make_yardsticks
@@ -47,48 +44,6 @@ def test_benchmark_times_every_row_side_by_side(folder, call, monkeypatch):
     assert all(row["seconds"] > 0 for row in results["photograph"])
     assert [(row["tile"], row["overlap"]) for row in results["tiles"]] == [(32, 16)]
     assert results["machine"]["dtype"] == "bfloat16"
-    assert "training" not in results  # which takes minutes, and has to be asked for
-
-
-@pytest.fixture
-def train_in_benchmark(folder, call, monkeypatch):
-    """function(*options): the row of the training, two epochs on 16 images."""
-    for name, changes in (("quick", {"steps": 6, "lr": 0.5}), ("published", {})):
-        recipe = replace(experiment.RECIPES[name], batch_size=4, **changes)
-        monkeypatch.setitem(experiment.RECIPES, name, recipe)
-    quick = replace(benchmark.QUICK, evaluation_images=3, training_steps=1)
-    monkeypatch.setattr(benchmark, "QUICK", quick)
-    short = partial(benchmark.Effort, training_steps=6, straightforward_steps=1)
-    monkeypatch.setattr(benchmark, "Effort", short)
-
-    def run(*options):
-        rows = ("--rows", benchmark.TRAINING)
-        process = call(benchmark, "--dataset", folder, "--lossless-share", 0.5, *rows, *options)
-        assert process.returncode == 0, process.stderr
-        results = json.loads(Path("benchmark_results.json").read_text())
-        assert not results["rows"]
-        return results["training"], process.stdout
-
-    return run
-
-
-def test_the_training_is_that_of_the_training_script(train_in_benchmark, folder, call):
-    row, printed = train_in_benchmark()
-    call(experiment, "--dataset", folder, "--lossless-share", 0.5, "--recipe", "quick")
-    checkpoint = torch.load("best_denoising_model_proper.pt", weights_only=True)
-    assert checkpoint["recipe"]["steps"] == row["steps"] == 6
-    assert checkpoint["epoch"] == 1  # the best one is not the last
-    assert row["psnr"] == checkpoint["test"]["psnr_mean"] < 25.12
-    assert row["straightforward_steps"] == 30 * 4  # epochs of four batches
-    straightforward = 120 * row["straightforward_step_seconds"]
-    assert row["times_faster"] == pytest.approx(straightforward / row["seconds"])
-    assert row["passed"] is False and "| no |" in printed
-
-
-def test_a_training_cut_short_gives_no_verdict(train_in_benchmark):
-    row, printed = train_in_benchmark("--quick")
-    assert row["steps"] == 1 and "| no verdict: cut short |" in printed
-    assert row.keys().isdisjoint({"passed", "times_faster"})
 
 
 def test_memory_is_seen_in_a_process_of_its_own():
@@ -102,10 +57,10 @@ def test_memory_is_seen_in_a_process_of_its_own():
 
 def test_benchmark_lengthens_sequences_with_real_patches(vit):
     images = torch.rand(5, 3, 32, 32)
-    whole = benchmark_large.mosaic(images, 1024)
-    assert whole.shape == (1, 3, 128, 128)
-    assert torch.equal(whole[0, :, 32:64, 64:96], images[6 % 5])
-    assert benchmark_large.tokens_of(vit, whole).shape == (1, 1024, 128)
+    large = benchmark_large.mosaic(images, 1024)
+    assert large.shape == (1, 3, 128, 128)
+    assert torch.equal(large[0, :, 32:64, 64:96], images[6 % 5])
+    assert benchmark_large.tokens_of(vit, large).shape == (1, 1024, 128)
 
 
 def test_benchmark_compares_the_same_function():

@@ -370,8 +370,8 @@ def test_the_study_trains_variants_that_read_a_mask(call, folder):
     process = call(ablation_study, *options, "capacity, by pattern")
     assert process.returncode == 0, process.stderr
     assert "| capacity, by pattern | 25 % | 337,415 |" in process.stdout  # 2,048 more
-    with pytest.raises(UserError, match="'U-Net' reads three channels, no mask"):
-        ablation_study.make_variant("U-Net", 4)
+    with pytest.raises(UserError, match="'DnCNN' reads three channels, no mask"):
+        ablation_study.make_variant("DnCNN", 4)
 
 
 def test_a_model_for_inpainting_goes_on_bit_for_bit(call, folder):
