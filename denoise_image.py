@@ -33,11 +33,19 @@ from experiment.tiling import (
     OVERLAP,
     PROBE,
     TILE,
+    as_float,
     center_crop,
     denoise,
-    estimate_noise,
+    noise_at_sizes,
 )
-from images.photo_files import FORMATS, WRITTEN, check_format, read_photo, write_photo
+from images.photo_files import (
+    FORMATS,
+    WRITTEN,
+    check_format,
+    read_photo,
+    without_hidden,
+    write_photo,
+)
 from small_vit import SmallViT, load_model
 
 NOTICEABLE = 0.02  # σ of noise that is told of where most of it stays
@@ -151,20 +159,47 @@ def denoise_file(
     except (MemoryError, RuntimeError) as error:  # the decoder's, which end no other file
         raise ValueError(reason(error)) from None
     check_format(photo, output)  # before minutes go by
-    pixels = denoise(model, photo.pixels, tile, dtype=dtype, strength=strength)
+    hidden = photo.alpha is not None and bool((photo.alpha == 0).any())
+    shown = without_hidden(photo) if hidden else photo.pixels
+    pixels = denoise(model, shown, tile, dtype=dtype, strength=strength)
+    if hidden:
+        pixels = np.where(photo.alpha > 0, pixels, photo.pixels)
     write_photo(replace(photo, pixels=pixels), output)
     seconds = time.perf_counter() - started
     if compare:
         figure = draw_comparison(photo.pixels, pixels, path.name)
         write_figure(figure, comparison_of(output), dpi=100)
     height, width = pixels.shape[:2]
-    before, after = estimate_noise(photo.pixels), estimate_noise(pixels)
+    before, after = noise_at_sizes(photo.pixels), noise_at_sizes(pixels)
     known = min(height, width) >= LEAST_PROBE
-    noise = f"noise {before:.4f} → {after:.4f}" if known else "too small to estimate its noise"
+    noise = (
+        f"noise {before[0]:.4f} → {after[0]:.4f}" if known else "too small to estimate its noise"
+    )
     line = f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"
-    if before > NOTICEABLE and after > before / 2 and strength == 1:
-        line += "  (most of it stays: the model does not know noise of this kind)"
+    if photo.frames > 1:
+        line += f"  (the first of {photo.frames} frames or pages)"
+    if strength == 1 and known:
+        removed = as_float(center_crop(photo.pixels)) - as_float(center_crop(pixels))
+        line += what_to_look_at(before, after, float(np.sqrt(np.mean(removed**2))))
     tqdm.write(printable(line))
+
+
+def what_to_look_at(before: list[float], after: list[float], removed: float) -> str:
+    """A remark where the result is not what a user hopes for, or "".
+
+    Args:
+        before, after: of `noise_at_sizes`.
+        removed: root of the mean squared difference of the two images.
+    """
+    stays = [b > NOTICEABLE and a > b / 2 for b, a in zip(before, after, strict=True)]
+    if stays[0]:
+        return "  (most of it stays: the model does not know noise of this kind)"
+    if any(stays):
+        coarse = max(a for a, stay in zip(after, stays, strict=True) if stay)
+        return f"  (coarser noise, or texture, of {coarse:.3f} stays)"
+    if removed > max(NOTICEABLE, 2 * max(before)):
+        return "  (it changed by far more than its noise: compare the two)"
+    return ""
 
 
 def photograph_model(path: str) -> SmallViT:
@@ -208,6 +243,13 @@ def parse_args():
         help="part of the noise to remove, 0 to 1 (default: 1)",
     )
     group.add_argument(
+        "--max-megapixels",
+        type=Number(float, above=True),
+        default=178,
+        metavar="N",
+        help="refuse larger images, as damaged or hostile files claim to be (default: 178)",
+    )
+    group.add_argument(
         "--tile",
         type=Number(int, 2 * OVERLAP),
         default=TILE,
@@ -220,6 +262,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    Image.MAX_IMAGE_PIXELS = int(args.max_megapixels * 1e6 / 2)  # Pillow refuses twice as much
     outputs = choose_outputs(find_images(args.images), args.output, args.overwrite, args.compare)
     device = cli.select_device(args.device, args.threads)
     model = ReplayedModel(photograph_model(args.checkpoint).to(device))

@@ -6,6 +6,7 @@
 Read it from top to bottom: the recipe, a training step, the loop, the experiment in four stages.
 """
 
+import argparse
 import math
 import os
 import time
@@ -271,7 +272,9 @@ def parse_args():
     cli.add_data(parser)
     cli.add_recipe(parser, RECIPES, model=MODELS, loss=LOSSES)
     cli.add_computation(parser, compile=True)
-    group = cli.add_output(parser, cli.PUBLISHED_CHECKPOINT, "checkpoint to write")
+    what = f"checkpoint to write (default: {cli.PUBLISHED_CHECKPOINT} for the published recipe on "
+    what += "CIFAR-10, else a name of recipe, task and data: quick_photos.pt)"
+    group = cli.add_output(parser, None, what)
     group.add_argument(
         "--resume",
         action="store_true",
@@ -280,9 +283,17 @@ def parse_args():
     return parser.parse_args()
 
 
+def output_name(args: argparse.Namespace) -> str:
+    """The default of --output: the original's for its recipe on CIFAR-10, else one that tells."""
+    if (args.recipe, args.dataset, args.task) == ("published", "cifar10", None):
+        return cli.PUBLISHED_CHECKPOINT
+    data = os.path.basename(os.path.realpath(args.dataset))
+    return "_".join([args.recipe, *([args.task] if args.task else []), data]) + ".pt"
+
+
 def main():
     args = parse_args()
-    files = RunFiles(Path(args.output))
+    files = RunFiles(Path(args.output or output_name(args)))
     with (
         joined(cli.select_device(args.device, args.threads)) as device,
         locked(files.all) if rank() == 0 else nullcontext(),

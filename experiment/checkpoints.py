@@ -101,6 +101,11 @@ class Trained:
     recipe: Recipe
     checkpoint: dict  # as read_checkpoint gives it, without "model"
 
+    @property
+    def clipped(self) -> bool:
+        """Whether all noise that it was trained on had been clamped to [0, 1], as in files."""
+        return not getattr(self.recipe.degradation, "unclipped", False)
+
     def __str__(self):
         recipe, epoch = self.checkpoint["recipe"], self.checkpoint["epoch"]
         how = f"epoch {epoch} of {self.recipe.epochs}, trained on {recipe['dataset']}"

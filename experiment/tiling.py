@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import cv2
 import numpy as np
 import torch
 from skimage.restoration import estimate_sigma
@@ -20,7 +21,12 @@ MOST_CLIPPED = 0.01  # part of a block's values
 
 
 def denoise(
-    model: nn.Module, image: np.ndarray, tile=TILE, overlap=OVERLAP, dtype="float32", strength=1.0
+    model: nn.Module,
+    image: np.ndarray,
+    tile: int = TILE,
+    overlap: int = OVERLAP,
+    dtype: str = "float32",
+    strength: float = 1.0,
 ) -> np.ndarray:
     """Denoises an image; a ValueError if it or an argument is not as described.
 
@@ -31,7 +37,8 @@ def denoise(
         model: SmallViT, or another denoiser of images [B, 3, h, w] in [0, 1]; it is left in
             evaluation mode. A ReplayedModel of it keeps what it recorded for the next image.
         image: array [h, w, 3] or, grey, [h, w] or [h, w, 1]; uint8, uint16, or float32 in [0, 1]
-            (noise may lead out of it). The result has its shape and dtype.
+            (noise may lead out of it). The result has its shape and dtype. Three equal channels
+            are a grey image, and stay equal.
         tile, overlap: side of the tiles and overlap of two of them, which is below it, pixels.
         dtype: name of that of matrix products; bfloat16 runs them under autocast.
         strength: 1 gives the restored image, 0 the input, what is between a mixture.
@@ -47,6 +54,9 @@ def denoise(
         wanted = "dtype must be float32 or bfloat16 and strength in 0 … 1"
         raise ValueError(f"{wanted}, got dtype={dtype!r}, strength={strength!r}")
     pixels = image.reshape(*image.shape[:2], -1)
+    check_range(pixels)
+    if (pixels == pixels[:, :, :1]).all():
+        pixels = np.ascontiguousarray(pixels[:, :, :1])
     sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
     replayed = (model if isinstance(model, ReplayedModel) else ReplayedModel(model)).eval()
     rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
@@ -64,7 +74,8 @@ def denoise(
         done, unfinished = band.split([end - rows_of.start, rows_of.stop - end])
         restored[rows_of.start : end] = as_stored(done.numpy(), image.dtype)
     bar.close()
-    return restored.reshape(image.shape)
+    channels = image.size // restored[..., 0].size  # three where they were equal
+    return restored.repeat(channels // restored.shape[2], axis=2).reshape(image.shape)
 
 
 class Tiled(nn.Module):
@@ -110,13 +121,31 @@ def windows(size: int, tile: int, overlap: int) -> list[tuple[slice, Tensor]]:
     return [(part, ramp / total[part]) for part in parts]
 
 
+def check_range(pixels: np.ndarray) -> None:
+    """Raises a ValueError unless float32 [h, w, C] can be an image in [0, 1] with noise on it.
+
+    Means of blocks tell: noise hardly moves them, another range of values does.
+    """
+    if pixels.dtype != np.float32:
+        return
+    if not np.isfinite(pixels).all():
+        raise ValueError("expected finite values, got NaN or infinity")
+    side = min(8, *pixels.shape[:2])
+    height, width = (size // side * side for size in pixels.shape[:2])
+    blocks = pixels[:height, :width].reshape(height // side, side, width // side, side, -1)
+    low, high = (float(f(blocks.mean((1, 3)))) for f in (np.min, np.max))
+    most = 0.05 + 1.25 / side  # four standard deviations of the strongest noise
+    if low < -most or high > 1 + most:
+        raise ValueError(f"expected values in [0, 1], got about {low:.3g} … {high:.3g}")
+
+
 @torch.inference_mode()
 def restore_tile(replayed, part: np.ndarray, dtype: str, strength: float, sigma: float) -> Tensor:
     """[h, w, C] of a stored dtype -> float32 [h, w, C] in [0, 1] on the CPU.
 
     The noise of a grey image would be the same in all three colours, which the model has never
     seen and takes for structure. Noise that sums to zero over the colours makes it independent,
-    with √3 σ for each, and drops out of their mean.
+    with √3 σ for each, and drops out of their mean. A model of clipped noise sees no other.
     """
     device = next(replayed.model.parameters()).device
     before = torch.from_numpy(as_float(part))
@@ -124,6 +153,9 @@ def restore_tile(replayed, part: np.ndarray, dtype: str, strength: float, sigma:
     if sigma:
         colours = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(0))
         noisy = noisy + 3**0.5 * sigma * (colours - colours.mean(1, keepdim=True))
+    trained = getattr(replayed.model, "trained", None)
+    if trained and trained.clipped:
+        noisy = noisy.clamp(0, 1)
     noisy = noisy.contiguous().to(device)
     with autocast(device, dtype):
         image = replayed(noisy)[0][0].float().cpu().permute(1, 2, 0)
@@ -157,6 +189,21 @@ def estimate_noise(image: np.ndarray) -> float:
         warnings.simplefilter("ignore", RuntimeWarning)  # of a colour that is the same everywhere
         sigmas = [np.nan_to_num(estimate_sigma(b, channel_axis=2)).mean() for b in chosen]
     return float(np.quantile(sigmas, 0.1))
+
+
+def noise_at_sizes(image: np.ndarray) -> list[float]:
+    """`estimate_noise` of [h, w, C] as it is, at half and at a quarter of its size.
+
+    White noise halves from one to the next. What does not is coarser noise, or texture.
+    """
+    part, found = as_float(center_crop(image)), []
+    for _ in range(3):
+        found.append(estimate_noise(part))
+        if min(part.shape[:2]) < 2 * LEAST_PROBE:
+            break
+        half = cv2.resize(part, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        part = half.reshape(*half.shape[:2], -1)  # OpenCV drops the channel of a grey one
+    return found
 
 
 def as_float(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Image files: reading them with all that a photograph brings along, and writing them."""
 
+import contextlib
 import os
 import struct
 import warnings
@@ -11,16 +12,23 @@ from typing import BinaryIO
 import cv2
 import numpy as np
 import tifffile
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from common.safe_files import replace_when_complete
 from common.user_errors import UserError
+from images.degradations import pull_push
 
 # Read by Pillow itself: others, such as EPS, start programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF")
+with contextlib.suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF")
 LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # as a rule; TIFF and WebP are asked
 WRITTEN = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # others lose alpha or profile
 ORIENTATION = 0x0112  # EXIF tag
+MOSAIC = 32803  # photometric interpretation of TIFF: a colour filter array
 
 
 @dataclass
@@ -31,6 +39,7 @@ class Photo:
     alpha: np.ndarray | None = None  # [h, w, 1] of the same dtype
     icc_profile: bytes | None = None
     lossless: bool = True  # whether the file stores it without loss
+    frames: int = 1  # of the file, or pages, of which it is the first
 
 
 def read_photo(path: Path | str) -> Photo:
@@ -48,8 +57,18 @@ def read_photo(path: Path | str) -> Photo:
         try:
             image = Image.open(file, formats=formats)
         except UnidentifiedImageError:
-            raise ValueError(f"no image of {', '.join(FORMATS)}, or of a rare layout") from None
+            heic = Path(path).suffix.lower() in (".heic", ".heif") and "HEIF" not in formats
+            more = "; pip install pillow-heif reads it" if heic else ""
+            raise ValueError(
+                f"no image of {', '.join(formats)}, or of a rare layout{more}"
+            ) from None
+        except Image.DecompressionBombError:
+            most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+            raise ValueError(f"more than {most:.0f} megapixels; raise --max-megapixels") from None
         with image:
+            refuse_raw(image, file)
+            frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
+            image.seek(0)
             lossless, profile = stored_lossless(image, file), image.info.get("icc_profile")
             deep = is_deep(image, file)
             array = (deep_pixels if deep else plain_pixels)(image, file)
@@ -61,7 +80,33 @@ def read_photo(path: Path | str) -> Photo:
     space = {1: b"GRAY", 3: b"RGB "}[pixels.shape[2]]
     if not profile or profile[16:20] != space:  # that of a CMYK file, say
         profile = None
-    return Photo(pixels, alpha if has_alpha else None, profile, lossless)
+    return Photo(pixels, alpha if has_alpha else None, profile, lossless, frames)
+
+
+def refuse_raw(image: Image.Image, file: BinaryIO) -> None:
+    """Raises a ValueError for a camera's raw file, whose first image is a thumbnail."""
+    if image.format != "TIFF":
+        return
+    tags = image.tag_v2  # 50706 is DNGVersion, 254 NewSubfileType, 262 the photometric one
+    raw = 50706 in tags or tags.get(254) == 1 or tags.get(262) == MOSAIC
+    if 330 in tags:  # directories below the first
+        file.seek(0)
+        raw = raw or any(
+            page.photometric == MOSAIC for page in tifffile.TiffFile(file).pages[0].pages
+        )
+    if raw:
+        raise ValueError("a camera's raw file; develop it first, into a TIFF or PNG")
+
+
+def without_hidden(photo: Photo) -> np.ndarray:
+    """The pixels, in which colours that alpha 0 hides are those of what is visible around them."""
+    most = np.iinfo(photo.pixels.dtype).max
+    image = torch.from_numpy(photo.pixels.astype(np.float32) / most).permute(2, 0, 1)[None]
+    visible = torch.from_numpy((photo.alpha > 0).astype(np.float32)).permute(2, 0, 1)[None]
+    filled = pull_push(image, visible)[0].permute(1, 2, 0).numpy()
+    return np.where(
+        photo.alpha > 0, photo.pixels, (filled * most).round().astype(photo.pixels.dtype)
+    )
 
 
 def read_rgb(path: Path | str) -> tuple[np.ndarray, bool]:

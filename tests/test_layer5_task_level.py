@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +45,20 @@ def test_training_lowers_the_loss(trained):
     noisy = 10 ** (-trained.checkpoint["test"]["noisy_psnr_mean"] / 10)
     assert float(last["val_mse"]) < 0.5 * float(first["train_mse"]) < 0.5 * noisy
     assert float(first["lr"]) == 4e-3 and float(first["balance_loss"]) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dataset", "task", "name"),
+    [
+        ("published", "cifar10", None, "best_denoising_model_proper.pt"),
+        ("quick", "cifar10", None, "quick_cifar10.pt"),
+        ("published", "photos", None, "published_photos.pt"),
+        ("quick", "/some/where/mine/", "jpeg", "quick_jpeg_mine.pt"),
+    ],
+)
+def test_no_other_run_takes_the_name_of_the_published_one(recipe, dataset, task, name):
+    args = SimpleNamespace(recipe=recipe, dataset=dataset, task=task)
+    assert experiment.output_name(args) == name
 
 
 def test_model_beats_the_best_gaussian_blur(trained, photos):

@@ -17,7 +17,6 @@ from common.user_errors import UserError
 from conftest import filled, load_history, run_here, same_weights, train_few
 from denoising_experiment_proper import Recipe
 from experiment import cuda_graphs, data_parallel
-from experiment.command_line import PUBLISHED_CHECKPOINT
 from experiment.muon import make_optimizer
 from experiment.run_files import RunFiles
 from small_vit import MODELS, SmallViT
@@ -59,8 +58,8 @@ def test_two_processes_train_as_one_does(call, folder, another_process, tmp_path
     assert (second.result().returncode, second.result().stdout) == (0, "")
     assert first.stdout.count("epoch   2") == first.stdout.count("FINAL RESULTS") == 1
     assert "2 processes" in first.stdout
-    assert sorted(p.name for p in Path().glob("*.pt")) == [PUBLISHED_CHECKPOINT, "one.pt"]
-    one, two = (load_history(RunFiles(Path(p))) for p in ("one.pt", PUBLISHED_CHECKPOINT))
+    assert sorted(p.name for p in Path().glob("*.pt")) == ["one.pt", "published_images.pt"]
+    one, two = (load_history(RunFiles(Path(p))) for p in ("one.pt", "published_images.pt"))
     assert len(one) == len(two) == 3
     for expected, row in zip(one, two, strict=True):
         for name in ("train_mse", "val_mse"):

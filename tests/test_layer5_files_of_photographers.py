@@ -1,0 +1,132 @@
+"""Layer 5, what photographers hand in: grey, hidden colours, raw files, and what they are told."""
+
+import numpy as np
+import pytest
+import skimage.data
+import tifffile
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio as psnr
+from skimage.restoration import denoise_tv_chambolle
+
+import denoise_image
+from conftest import assert_refused
+from experiment.command_line import SHIPPED
+from experiment.tiling import denoise, noise_at_sizes
+from images.photo_files import read_photo
+from small_vit import load_model
+
+
+@pytest.fixture(scope="module")
+def photo_model():
+    return load_model(SHIPPED / "photo.pt")
+
+
+def noisy_grey(sigma):
+    """(uint8, float64 noisy) images [h, w] in 0 … 255 of a photograph."""
+    clean = skimage.data.rocket()[100:292, 240:432].mean(2).round()
+    noise = np.random.default_rng(0).standard_normal(clean.shape)
+    return clean.astype(np.uint8), clean + sigma * noise
+
+
+@pytest.mark.parametrize("sigma", [15, 25, 50])
+def test_grey_photographs_are_ahead_of_total_variation_and_as_bright_as_before(photo_model, sigma):
+    clean, noisy = noisy_grey(sigma)
+    noisy = noisy.clip(0, 255).round().astype(np.uint8)
+    restored = denoise(photo_model, noisy)
+    classical = max(
+        psnr(clean / 255, denoise_tv_chambolle(noisy / 255, weight), data_range=1)
+        for weight in (0.05, 0.1, 0.15, 0.2, 0.3)
+    )
+    assert psnr(clean, restored) > classical + 0.5
+    assert abs(float(restored.mean()) - float(noisy.mean())) < 2
+    as_colours = denoise(photo_model, np.stack([noisy] * 3, 2))  # channels stay equal
+    assert np.array_equal(as_colours, np.stack([restored] * 3, 2))
+
+
+def test_noise_beyond_the_range_is_as_in_a_file_for_a_model_of_files(photo_model):
+    clean, noisy = noisy_grey(50)
+    restored = denoise(photo_model, (noisy / 255).astype(np.float32))
+    in_a_file = denoise(photo_model, (noisy / 255).clip(0, 1).astype(np.float32))
+    difference = psnr(clean / 255, restored, data_range=1) - psnr(
+        clean / 255, in_a_file, data_range=1
+    )
+    assert abs(difference) < 0.7
+
+
+@pytest.mark.parametrize("side", [1, 3, 8, 50])
+def test_arrays_of_another_range_are_refused_and_strong_noise_is_not(photo_model, side):
+    generator = np.random.default_rng(0)
+    image = generator.random((side, side, 3), dtype=np.float32)
+    strong = image + 0.3 * generator.standard_normal(image.shape, dtype=np.float32)
+    assert np.isfinite(denoise(photo_model, strong)).all()
+    for wrong in (255 * image + 30, np.full_like(image, np.nan)):
+        with pytest.raises(ValueError, match="expected"):
+            denoise(photo_model, wrong)
+    if side == 50:
+        with pytest.raises(ValueError, match=r"expected values in \[0, 1\], got about -"):
+            denoise(photo_model, 2 * np.sort(image.ravel()).reshape(image.shape) - 1)
+
+
+def test_hidden_colours_do_not_bleed_and_stay(call):
+    image = np.full((64, 64, 4), (230, 200, 90, 255), np.uint8)
+    image[:, 32:] = (255, 0, 255, 0)
+    Image.fromarray(image).save("a.png")
+    assert call(denoise_image, "a.png").returncode == 0
+    restored = np.asarray(Image.open("a_denoised.png")).astype(int)
+    assert np.abs(restored[:, :32] - image[:, :32]).max() <= 4
+    assert np.array_equal(restored[:, 32:], image[:, 32:])
+
+
+@pytest.mark.parametrize("kind", ["DNG", "preview first", "mosaic below"])
+def test_raw_files_are_refused(call, kind):
+    preview = np.zeros((120, 160, 3), np.uint8)
+    mosaic = np.zeros((64, 64), np.uint16)
+    with tifffile.TiffWriter("a.tif") as file:
+        tags = [(50706, "B", 4, bytes([1, 4, 0, 0]), True)] if kind == "DNG" else []
+        below = 1 if kind == "mosaic below" else 0
+        reduced = 1 if kind == "preview first" else 0
+        options = {"photometric": "rgb", "extratags": tags, "subifds": below}
+        file.write(preview, subfiletype=reduced, metadata=None, **options)
+        if below:
+            file.write(mosaic, photometric="cfa", metadata=None)
+    assert_refused(call(denoise_image, "a.tif", "--output", "b.png"), "raw file; develop it first")
+
+
+def test_the_first_of_several_frames_is_told_of(call):
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
+    frames[0].save("a.gif", save_all=True, append_images=frames[1:])
+    assert read_photo("a.gif").frames == 3
+    assert "(the first of 3 frames or pages)" in call(denoise_image, "a.gif").stdout
+    frames[0].save("b.png")
+    assert "frames" not in call(denoise_image, "b.png").stdout
+
+
+def test_large_images_are_read_where_asked(call):
+    Image.new("RGB", (1200, 1000)).save("a.png")
+    process = call(denoise_image, "a.png", "--max-megapixels", 1)
+    assert_refused(process, "more than 1 megapixels; raise --max-megapixels")
+    assert call(denoise_image, "a.png", "--max-megapixels", 2).returncode == 0
+
+
+def test_what_stays_and_what_was_changed_is_told():
+    look = denoise_image.what_to_look_at
+    assert look([0.05, 0.025, 0.01], [0.001, 0.002, 0.002], 0.05) == ""
+    assert "most of it stays" in look([0.05, 0.03, 0.01], [0.04, 0.03, 0.01], 0.02)
+    assert "texture, of 0.020 stays" in look([0.01, 0.022, 0.02], [0.004, 0.02, 0.01], 0.02)
+    assert "far more than its noise" in look([0.0, 0.0, 0.0], [0.02, 0.0, 0.0], 0.4)
+
+
+def test_noise_is_estimated_at_half_and_quarter_size():
+    """White noise halves with the size, coarse noise does not."""
+    rng = np.random.default_rng(0)
+    white = 0.5 + 0.1 * rng.standard_normal((256, 256, 1)).astype(np.float32)
+    full, half, quarter = noise_at_sizes(white)
+    assert full == pytest.approx(0.1, rel=0.1)
+    assert half == pytest.approx(0.05, rel=0.15) and quarter == pytest.approx(0.025, rel=0.2)
+    coarse = torch.nn.functional.interpolate(
+        torch.from_numpy(white[None, ::2, ::2, 0])[None], scale_factor=2
+    )
+    full, half, _ = noise_at_sizes(coarse[0, 0, :, :, None].numpy())
+    assert half == pytest.approx(0.1, rel=0.15) and half > full
+    assert len(noise_at_sizes(white[:20, :20])) == 1
