@@ -37,6 +37,7 @@ from experiment.recipe import Recipe, changed
 from experiment.reports import print_head, print_row, result_line
 from experiment.tiling import OVERLAP, InTiles, Tiled
 from experiment.trained_model import images_for
+from images.degradations import degradation_of
 from images.image_sources import SIZE, load_images
 from images.noisy_images import NoisyImageDataset
 from small_vit import count_parameters, load_model, with_each_capacity
@@ -138,7 +139,7 @@ def read_rows(output: Path, recipe: dict) -> list[dict]:
     earlier, rows = read_study(output)
     advice = "repeat its options to go on with it, or name another --output"
     check_same_recipe(earlier, recipe, f"{output} holds a study with", advice)
-    channels = 4 if recipe["task"] == "inpaint" else 3
+    channels = degradation_of(recipe).channels
     for name, parameters in {(row["variant"], row["parameters"]) for row in rows}:
         if name not in VARIANTS or count_parameters(make_variant(name, channels)) != parameters:
             raise UserError(

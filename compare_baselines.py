@@ -20,7 +20,7 @@ from skimage.filters import gaussian
 from torch import nn
 from tqdm import tqdm
 
-from common.options import Number
+from common.options import Number, told_as_options
 from common.user_errors import UserError, reason, run_main
 from experiment import command_line as cli
 from experiment.evaluation import evaluate, psnr, ssim
@@ -169,6 +169,8 @@ def other_baselines(test_set: NoisyImageDataset) -> dict[str, Callable]:
         best, _ = best_of(smooth, strengths, test_set)
         name = f"total variation, strength {best:.3g}"
         return {"JPEG": lambda x, _: x, name: lambda x, _: smooth(x, best)}
+    if degradation.task != "inpaint":  # a new task, which has none yet
+        return {"degraded": lambda x, _: x[:3]}
     harmonic = partial(restoration.inpaint_biharmonic, channel_axis=0)
     return {
         "pull-push": lambda x, _: x[:3],
@@ -225,7 +227,9 @@ def parse_args():
     )
     cli.add_checkpoint(parser)
     cli.add_data(parser, of_model=True)
-    noise = parser.add_argument_group("noise", "by default that of the model's training")
+    noise = parser.add_argument_group(
+        "noise", "by default as in the model's training, at the middle of its range"
+    )
     what = "one or several σ of the noise, for pixel values in [0, 1], also as a fraction: 25/255"
     names = ("noise_level", "unclipped", "jpeg_share")
     cli.add_fields(noise, GaussianNoise, names, with_defaults=False, noise_level={"help": what})
@@ -259,7 +263,8 @@ def main():
         raise UserError("--tile is for whole photographs; the test images here are thumbnails")
     denoiser = Tiled(model, args.tile) if args.tile else model
     for level in levels:
-        degraded = test_set if level is None else test_set.at(level)
+        with told_as_options():
+            degraded = test_set if level is None else test_set.at(level)
         print(f"\n{source.name}, {len(degraded):,} test images, {degraded.degradation}")
         if of_noise:
             figures = compare(denoiser, degraded, not args.model_only, bm3d)

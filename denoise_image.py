@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.options import Number
-from common.safe_files import file_to_write, write_figure
+from common.safe_files import check_writable, write_figure
 from common.user_errors import UserError, printable, reason, run_main
 from experiment import command_line as cli
 from experiment.cuda_graphs import ReplayedModel
@@ -61,19 +61,30 @@ def find_images(names: Iterable[str]) -> list[Path]:
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = {}
     for name in names:
-        paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        paths = [name] if os.path.exists(name) else matches(name)
         if os.path.isdir(name):
             try:
                 paths = sorted(path for path in Path(name).iterdir() if path.is_file())
             except OSError as error:
                 raise UserError(f"cannot read {name}: {error.strerror}") from None
-            paths = [path for path in paths if path.suffix.lower() in known]
             paths = [path for path in paths if not path.stem.endswith((SUFFIX, SUFFIX + COMPARED))]
             paths = [path for path in paths if not path.name.startswith(".")]
+            others = [path for path in paths if path.suffix.lower() not in known]
+            if others:
+                kinds = ", ".join(sorted({path.suffix or path.name for path in others}))
+                print(printable(f"passed over {len(others)} files in {name}: {kinds}"))
+            paths = [path for path in paths if path.suffix.lower() in known]
         if not paths:
             raise UserError(f"{name}: no image there; name image files, folders or wildcards")
         found |= dict.fromkeys(map(Path, paths))
     return list(found)
+
+
+def matches(pattern: str) -> list[str]:
+    """Files that a wildcard stands for; a folder in front of it that exists is taken literally."""
+    folder, name = os.path.split(pattern)
+    folder = glob.escape(folder) if os.path.isdir(folder) else folder
+    return sorted(glob.glob(os.path.join(folder, name), recursive=True))
 
 
 def comparison_of(output: Path) -> Path:
@@ -82,7 +93,11 @@ def comparison_of(output: Path) -> Path:
 
 
 def choose_outputs(
-    paths: list[Path], output: str | None, overwrite: bool, compare: bool = False
+    paths: list[Path],
+    output: str | None,
+    overwrite: bool,
+    compare: bool = False,
+    skip_existing: bool = False,
 ) -> dict[Path, Path]:
     """{input: output}; by default the input's name with _denoised.png, beside it.
 
@@ -90,10 +105,12 @@ def choose_outputs(
         UserError: an output, or its comparison, is there already, is an input, would be written
             twice, or cannot be written.
     """
-    folder = output and (len(paths) > 1 or os.path.isdir(output) or output.endswith(os.sep))
-    if folder and os.path.exists(output) and not os.path.isdir(output):
+    is_folder = output and (os.path.isdir(output) or output.endswith(os.sep))
+    is_file = output and not is_folder and Path(output).suffix.lower() in WRITTEN
+    folder = is_folder or (output and not is_file and (len(paths) > 1 or not Path(output).suffix))
+    if len(paths) > 1 and (is_file or (folder and os.path.isfile(output))):
         raise UserError(f"--output {output}: name a folder for {len(paths)} images")
-    if output and not folder and Path(output).suffix.lower() not in WRITTEN:
+    if output and not folder and not is_file:
         kinds = f"a file of {', '.join(WRITTEN)}"
         raise UserError(f"--output {output}: name {kinds}, or a folder, with {os.sep} at its end")
     inputs, written = set(map(os.path.realpath, paths)), {}
@@ -104,12 +121,14 @@ def choose_outputs(
         new = path.with_name(f"{name}{SUFFIX}.png")
         if output:
             new = Path(output) / new.name if folder else Path(output)
+        if skip_existing and os.path.lexists(new):
+            continue
         for file in (new, comparison_of(new)) if compare else (new,):
             place = os.path.realpath(file)
             if place in written:
                 raise UserError(f"{file} would be written twice; name the images one by one")
             if os.path.lexists(file) and not overwrite:
-                raise UserError(f"{file} is there already; give --overwrite to replace it")
+                raise UserError(f"{file} is there already; give --skip-existing or --overwrite")
             if place in inputs and (file != new or place != os.path.realpath(path)):
                 raise UserError(f"{file} is an image to read and would be replaced; leave it out")
             written[place] = file
@@ -120,7 +139,7 @@ def choose_outputs(
         except OSError as error:
             raise UserError(f"cannot write to {output}: {error.strerror}; name another") from None
     for file in written.values():
-        file_to_write(file)
+        check_writable(file)  # before minutes go by
     return chosen
 
 
@@ -234,6 +253,8 @@ def parse_args():
     group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")
     what = "replace what is there already (default: no)"
     group.add_argument("--overwrite", action="store_true", help=what)
+    what = "leave images out whose output is there already (default: no)"
+    group.add_argument("--skip-existing", action="store_true", help=what)
     what = "draw before, after and what was removed as well (default: no)"
     group.add_argument("--compare", action="store_true", help=what)
     group.add_argument(
@@ -263,7 +284,11 @@ def parse_args():
 def main():
     args = parse_args()
     Image.MAX_IMAGE_PIXELS = int(args.max_megapixels * 1e6 / 2)  # Pillow refuses twice as much
-    outputs = choose_outputs(find_images(args.images), args.output, args.overwrite, args.compare)
+    how = (args.output, args.overwrite, args.compare, args.skip_existing)
+    outputs = choose_outputs(find_images(args.images), *how)
+    if not outputs:
+        print("every output is there already")
+        return 0
     device = cli.select_device(args.device, args.threads)
     model = ReplayedModel(photograph_model(args.checkpoint).to(device))
     failed = []

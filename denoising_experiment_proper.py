@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adaptive_attention_moe import load_balancing_loss
 from common.safe_files import locked, write_figure
-from common.user_errors import run_main
+from common.user_errors import UserError, run_main
 from experiment import command_line as cli
 from experiment.checkpoints import (
     check_finite,
+    check_resumable,
     read_run,
     restore_optimizer,
     save_run,
@@ -294,6 +295,10 @@ def output_name(args: argparse.Namespace) -> str:
 def main():
     args = parse_args()
     files = RunFiles(Path(args.output or output_name(args)))
+    if files.checkpoint.suffix != ".pt":
+        raise UserError(f"--output {files.checkpoint}: name a .pt file")
+    if args.resume:
+        check_resumable(files)  # before images are read
     with (
         joined(cli.select_device(args.device, args.threads)) as device,
         locked(files.all) if rank() == 0 else nullcontext(),
@@ -327,6 +332,7 @@ def run_experiment(args, recipe, files, device):
         f"{source.name}: {len(train_set):,} training, {len(val_set):,} validation, "
         f"{len(test_set):,} test images; {count_parameters(model):,} parameters on {device}"
         + (f", {world_size()} processes" if world_size() > 1 else "")
+        + (f"; {source.nbytes() / 2**30:.1f} GiB of images in memory" if recipe.crop else "")
     )
     settings = recipe.as_dict()
     print(f"recipe {args.recipe}: {', '.join(f'{name} {v}' for name, v in settings.items())}")

@@ -157,7 +157,7 @@ def image_panels(models: Models, dataset: NoisyImageDataset, index: int) -> list
         pair = image.numpy(), clean.numpy()
         return f"{whole}{psnr(*pair):.2f} dB, SSIM {ssim(*pair):.3f}"
 
-    before = BEFORE[damage.task] + (f", {damage}" if of_noise and full_size else "")
+    before = BEFORE.get(damage.task, "degraded") + (f", {damage}" if of_noise and full_size else "")
     damaged = noisy[:3].clamp(0, 1) * noisy[3:].prod(0)  # black where pixels are unknown
     panels = [Panel(before, damaged, figures(noisy[:3]))]
     for path, model in models:

@@ -46,7 +46,8 @@ def is_utilisation(value: Any) -> bool:
 POSITIVE, COUNT = Number(float), Number(int, 1)
 CHECKPOINT = {"model": is_state_dict, "config": dict, "recipe": dict, "epoch": COUNT}
 CHECKPOINT |= {"val_mse": POSITIVE}
-DATA = {"dataset": str, "val_images": COUNT}  # in "recipe", besides what a Recipe has
+# In "recipe", which had it in every version; what later ones added means its default if missing.
+RECIPE = {"dataset": str, "val_images": COUNT, "seed": Number(int), "epochs": COUNT}
 TEST = dict.fromkeys(("mse", "psnr_std", "ssim_mean", "ssim_std"), POSITIVE)
 TEST |= {"noisy_psnr_mean": float, "psnr_mean": float, "images": COUNT}
 TEST |= {"utilisation": is_utilisation}
@@ -127,7 +128,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"{path}: no such checkpoint; train one or name another")
     checkpoint = load(path)
     require(checkpoint, CHECKPOINT, path)
-    require(checkpoint["recipe"], DATA, path, "recipe.")
+    require(checkpoint["recipe"], RECIPE, path, "recipe.")
     recipe_of_file(checkpoint["recipe"], path)
     require(checkpoint, {n: k for n, k in IF_THERE.items() if n in checkpoint}, path)
     if "test" in checkpoint:
@@ -228,18 +229,22 @@ def save_run(state: dict, files: RunFiles, fresh: bool = False) -> None:
         files.saved = True
 
 
+def check_resumable(files: RunFiles) -> None:
+    """Raises a UserError where no run was interrupted."""
+    if not os.path.isfile(files.resume):
+        none = f"--resume: there is no interrupted run at {files.resume}"
+        raise UserError(f"{none}; start one without --resume")
+
+
 def read_run(files: RunFiles, recipe: dict, model: nn.Module) -> dict:
     """The state from which a run of this recipe and model goes on, or a UserError that says why."""
     path = files.resume
-    if not os.path.isfile(path):
-        none = f"--resume: there is no interrupted run at {path}"
-        raise UserError(f"{none}; start one without --resume")
     state = load(path)
     require(state, STATE, path)
     best, history = state["best"], state["history"]
     require(best, CHECKPOINT, path, "best.")
     for where, holder in (("recipe.", state), ("best.recipe.", best)):
-        require(holder["recipe"], DATA, path, where)
+        require(holder["recipe"], RECIPE, path, where)
         recipe_of_file(holder["recipe"], path)
     advice = "repeat its options, or start a new run without --resume"
     check_same_recipe(state["recipe"], recipe, "--resume: the interrupted run had", advice)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from experiment.cuda_graphs import ReplayedModel
+from experiment.tiling import restore_any_size
 from images.noisy_images import NoisyImageDataset
 
 NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
@@ -96,7 +97,9 @@ def validation_mse(model: nn.Module | ReplayedModel, batches: list[tuple]) -> fl
     """
     model.eval()
     with torch.inference_mode():
-        errors = torch.stack([F.mse_loss(model(noisy)[0], clean) for noisy, clean in batches])
+        restored = (restore_any_size(model, noisy)[0] for noisy, _ in batches)
+        pairs = zip(restored, batches, strict=True)
+        errors = torch.stack([F.mse_loss(image, clean) for image, (_, clean) in pairs])
     images = [len(clean) for _, clean in batches]
     return sum(e * n for e, n in zip(errors.tolist(), images, strict=True)) / sum(images)
 
@@ -104,11 +107,12 @@ def validation_mse(model: nn.Module | ReplayedModel, batches: list[tuple]) -> fl
 def evaluate(model: nn.Module, dataset: NoisyImageDataset) -> Evaluation:
     """Denoises a whole dataset and measures every image; the model is left in evaluation mode."""
     device, squared_error, scores, load = next(model.parameters()).device, 0.0, [], 0.0
+    routed = 0  # images; none of those that are restored in tiles
     replayed_model = ReplayedModel(model).eval()
     with tqdm(total=len(dataset), desc="testing", unit="img", leave=False, disable=None) as bar:
         for noisy, clean, _ in eval_batches(dataset, device):
             with torch.inference_mode():
-                restored, routings = replayed_model(noisy.to(device))
+                restored, routings = restore_any_size(replayed_model, noisy.to(device))
             restored = restored.cpu()
             squared_error += F.mse_loss(restored, clean).item() * len(clean)
             images = (noisy[:, :3].numpy(), restored.numpy(), clean.numpy())
@@ -118,9 +122,10 @@ def evaluate(model: nn.Module, dataset: NoisyImageDataset) -> Evaluation:
                 scores.append((*psnrs, ssim(y, target), sharpness(y, target)))
             if routings:
                 load += torch.stack([r.mean(1).sum(0) for r in routings]).cpu().numpy()
+                routed += len(clean)
             bar.update(len(clean))
     scores = np.array(scores, dtype=np.float64).T
-    utilisation = load / len(dataset) if routings else np.empty((0, 0))
+    utilisation = load / routed if routed else np.empty((0, 0))
     return Evaluation(squared_error / len(dataset), *scores, utilisation)
 
 

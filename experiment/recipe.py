@@ -10,7 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from common.options import Number, as_option, check_fields, given_fields, option, told_as_options
+from common.options import (
+    BadOption,
+    Number,
+    as_option,
+    check_fields,
+    given_fields,
+    option,
+    told_as_options,
+)
 from common.user_errors import UserError
 from images.degradations import KINDS, Degradation, GaussianNoise, degradation_of
 from images.image_sources import SIZE, ImageSource
@@ -86,6 +94,10 @@ class Recipe:
 
     def __post_init__(self):
         check_fields(self)
+        if self.schedule not in ("epoch", "step"):
+            raise BadOption("schedule", f"must be one of epoch, step, got {self.schedule!r:.60}")
+        if not Number(float).holds(self.balance_weight):
+            raise BadOption("balance_weight", f"must be a number, got {self.balance_weight!r:.60}")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Recipe":

@@ -18,6 +18,7 @@ TILE, OVERLAP = 128, 16  # pixels; best and fastest in the table of `benchmark.p
 PROBE, BLOCK = 1024, 64  # sides of the largest part whose noise is estimated and of its blocks
 LEAST_PROBE = 16  # side of the smallest
 MOST_CLIPPED = 0.01  # part of a block's values
+MOST_WHOLE = 2**19  # pixels of an image that training and tests restore as one
 
 
 def denoise(
@@ -45,7 +46,8 @@ def denoise(
     """
     image = np.asarray(image)
     if image.dtype not in (np.uint8, np.uint16, np.float32) or not image.size:
-        raise ValueError(f"expected uint8, uint16 or float32, got {image.dtype} {image.shape}")
+        wanted = "expected pixels of uint8, uint16 or float32"
+        raise ValueError(f"{wanted}, got {image.dtype} {list(image.shape)}")
     if image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
         raise ValueError(f"expected [h, w], [h, w, 1] or [h, w, 3], got {list(image.shape)}")
     if not 0 < overlap < tile:
@@ -59,6 +61,21 @@ def denoise(
         pixels = np.ascontiguousarray(pixels[:, :, :1])
     sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
     replayed = (model if isinstance(model, ReplayedModel) else ReplayedModel(model)).eval()
+    restored = in_overlapping_tiles(replayed, pixels, tile, overlap, dtype, strength, sigma)
+    channels = image.size // restored[..., 0].size  # three where they were equal
+    return restored.repeat(channels // restored.shape[2], axis=2).reshape(image.shape)
+
+
+def in_overlapping_tiles(
+    replayed: ReplayedModel,
+    pixels: np.ndarray,
+    tile: int = TILE,
+    overlap: int = OVERLAP,
+    dtype: str = "float32",
+    strength: float = 1.0,
+    sigma: float = 0.0,
+) -> np.ndarray:
+    """As `denoise`, of [h, w, C] that is known to be right; sigma is the noise of a grey image."""
     rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
     restored, unfinished = np.empty_like(pixels), torch.zeros(0, *pixels.shape[1:])
     bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None)
@@ -72,10 +89,24 @@ def denoise(
         band[: len(unfinished)] += unfinished
         end = rows[number + 1][0].start if number + 1 < len(rows) else len(pixels)
         done, unfinished = band.split([end - rows_of.start, rows_of.stop - end])
-        restored[rows_of.start : end] = as_stored(done.numpy(), image.dtype)
+        restored[rows_of.start : end] = as_stored(done.numpy(), pixels.dtype)
     bar.close()
-    channels = image.size // restored[..., 0].size  # three where they were equal
-    return restored.repeat(channels // restored.shape[2], axis=2).reshape(image.shape)
+    return restored
+
+
+def restore_any_size(
+    replayed: nn.Module | ReplayedModel, noisy: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """What the model makes of images [B, 3, h, w]; of one beyond MOST_WHOLE pixels in tiles.
+
+    A whole photograph of 12 megapixels would take hours. In tiles there are no routings.
+    """
+    model = replayed.model if isinstance(replayed, ReplayedModel) else replayed
+    small = noisy.shape[2] * noisy.shape[3] <= MOST_WHOLE
+    if small or noisy.shape[1] != 3 or isinstance(model, Tiled):
+        return replayed(noisy)
+    image = in_overlapping_tiles(ReplayedModel(model), noisy[0].permute(1, 2, 0).cpu().numpy())
+    return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).to(noisy.device), []
 
 
 class Tiled(nn.Module):

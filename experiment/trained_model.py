@@ -31,7 +31,7 @@ def images_for(
             not for noise; or a value of the noise is out of its range.
     """
     recipe, about, path = trained.recipe, trained.checkpoint["recipe"], trained.path
-    dataset = dataset or dataset_of(trained)
+    dataset = dataset or dataset_of(trained, same_images)
     crop = recipe.crop
     if crop and not same_images:
         crop = min(crop, SIZE)  # smaller photographs than those of the training are welcome, too
@@ -55,15 +55,21 @@ def images_for(
     return source, noisy_splits(source, degradation, recipe.lossless_share if same_images else None)
 
 
-def dataset_of(trained: Trained) -> str:
-    """The --dataset of a model's training; of earlier versions, which noted no folder, cifar10.
+def dataset_of(trained: Trained, same_images: bool) -> str:
+    """The --dataset of a model's training.
+
+    Earlier versions noted no folder: their models are tested on CIFAR-10, or the same images are to
+    be named.
 
     Raises:
-        UserError: it was a folder that is not there.
+        UserError: it was a folder that is not there, or not noted.
     """
     name = trained.checkpoint["recipe"]["dataset"]
     known = {"photos": "photos", "CIFAR-10": "cifar10"}
-    dataset = trained.checkpoint.get("dataset", known.get(name, "cifar10"))
+    dataset = trained.checkpoint.get("dataset", known.get(name))
+    if dataset is None and same_images:
+        raise UserError(f"{trained.path} was trained on {name}; name it with --dataset")
+    dataset = dataset or "cifar10"
     if dataset not in known.values() and not os.path.isdir(dataset):
         raise UserError(
             f"{trained.path} was trained on {name}, which is not at {dataset} any more; name it, "

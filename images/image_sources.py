@@ -63,6 +63,11 @@ class ImageSource:
     test: Split
     classes: list
 
+    def nbytes(self) -> int:
+        """Of the pixels of all splits, in memory."""
+        splits = (split.images for split in (self.train, self.val, self.test) if split)
+        return sum(image.nbytes for images in splits for image in images)
+
     def sha256(self) -> str:
         """Of pixels, labels, kinds of files and order of all three splits, as hexadecimal text."""
         digest = hashlib.sha256()

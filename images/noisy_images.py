@@ -37,8 +37,8 @@ class NoisyImageDataset(torch.utils.data.Dataset):
                     "expected uint8 images of shape [n, 3, h, w] or a list of [3, h, w], got "
                     f"{images.dtype} {list(images.shape)}"
                 )
-        tensors = [images.to(device) for images in tensors]
-        images = tensors if self.full_size else tensors[0]
+        # Photographs stay where they are: a GPU could not hold many of them.
+        images = split.images if self.full_size else split.images.to(device)
         self.split = Split(images, split.labels.to(device), split.lossless)
         self.stream = stream
         self.device = torch.device(device)
@@ -91,7 +91,9 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         if self.device.type == "mps":  # which has no float64
             uniform = uniform.float()
         draws = Draws(torch.from_numpy(np.stack(normal)).to(self.device), uniform.to(self.device))
-        return self.degraded(torch.stack(clean).float() / 255, draws, torch.tensor(indices))
+        return self.degraded(
+            torch.stack(clean).to(self.device).float() / 255, draws, torch.tensor(indices)
+        )
 
     def degraded(self, clean: Tensor, draws: Draws, indices: Tensor) -> tuple[Tensor, ...]:
         """(noisy, clean, labels, σ of every pixel [n, 3, h, w]) of images of these indices."""

@@ -49,7 +49,7 @@ def training_batches(
         if crop:
             places = generator_of(seed, epoch, step, CROP_STREAM)
             images = [random_crop(dataset.split.images[i], crop, places) for i in indices.tolist()]
-            clean = torch.stack(images)
+            clean = torch.stack(images).to(dataset.device)
         else:
             clean = dataset.split.images[indices.to(dataset.device)]
         clean = clean.float() / 255

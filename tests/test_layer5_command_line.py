@@ -104,8 +104,8 @@ def test_help_lists_the_values_of_every_recipe(call, script):
         (("--output", ""), "--output: must name a file"),
         (("--output", "."), "--output: must name a file"),
         (("--output", "x/"), "--output: must name a file"),
-        (("--output", "/dev/null"), "name a file"),
-        (("--output", 300 * "x"), "cannot write"),
+        (("--output", "/dev/null"), "name a .pt file"),
+        (("--output", 300 * "x" + ".pt"), "cannot write"),
         (("--threads", "100000"), "--threads: must be a whole number of at least 1 and at most"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_lock_removes_its_own_files_alone(tmp_path):
         (("a_compare.png",), ("a_compare.png", "--output", "a.png"), "a_compare.png is an image"),
         (("a.png",), ("a.png", "b/../a.png"), "written twice"),
         (("a.png",), ("a.png", "--output", "a.ico"), "--output a.ico: name a file of .png, .tif"),
-        (("a.png",), ("a.png", "--output", "clean"), "or a folder, with / at its end"),
+        (("a.png",), ("a.png", "--output", "clean.xyz"), "or a folder, with / at its end"),
         (("a.png",), ("a.png", "--output", "a.png/b/"), "cannot write to a.png/b/: Not a"),
     ],
 )

@@ -1,5 +1,7 @@
 """Layer 5, what photographers hand in: grey, hidden colours, raw files, and what they are told."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import skimage.data
@@ -130,3 +132,52 @@ def test_noise_is_estimated_at_half_and_quarter_size():
     full, half, _ = noise_at_sizes(coarse[0, 0, :, :, None].numpy())
     assert half == pytest.approx(0.1, rel=0.15) and half > full
     assert len(noise_at_sizes(white[:20, :20])) == 1
+
+
+def small_images(*names):
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(name)
+
+
+def test_files_that_are_passed_over_are_named(call):
+    small_images("trip/a.png")
+    for name in ("b.CR9", "c.txt", "d.txt"):
+        Path("trip", name).write_text("no image")
+    process = call(denoise_image, "trip", "--output", "clean")  # one image, and still a folder
+    assert "passed over 3 files in trip: .CR9, .txt" in process.stdout
+    assert Path("clean/a_denoised.png").is_file()
+
+
+def test_a_folder_goes_on_where_it_stopped(call):
+    small_images("trip/a.png", "trip/b.png")
+    assert call(denoise_image, "trip/a.png", "--output", "clean/").returncode == 0
+    before = Path("clean/a_denoised.png").stat().st_mtime_ns
+    assert_refused(call(denoise_image, "trip", "--output", "clean"), "--skip-existing")
+    process = call(denoise_image, "trip", "--output", "clean", "--skip-existing")
+    assert process.returncode == 0 and process.stdout.count("→ clean") == 1
+    assert Path("clean/a_denoised.png").stat().st_mtime_ns == before
+    process = call(denoise_image, "trip", "--output", "clean", "--skip-existing")
+    assert process.returncode == 0 and "every output is there already" in process.stdout
+
+
+def test_folders_in_front_of_a_wildcard_are_literal(call):
+    small_images("[2023] trip/a.png")
+    assert call(denoise_image, "[2023] trip/*.png").returncode == 0
+    assert Path("[2023] trip/a_denoised.png").is_file()
+
+
+def test_one_file_is_no_output_of_two_images(call):
+    small_images("x/a.png", "x/b.png")
+    process = call(denoise_image, "x/a.png", "x/b.png", "--output", "b.png")
+    assert_refused(process, "--output b.png: name a folder for 2 images")
+    assert not Path("b.png").exists()
+
+
+def test_what_cannot_be_written_is_said_before_the_work(call, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("denoised before the output was checked")
+
+    small_images("x/a.png")
+    monkeypatch.setattr(denoise_image, "denoise", refuse)
+    assert_refused(call(denoise_image, "x/a.png", "--output", f"{250 * 'n'}.png"), "cannot write")

@@ -294,7 +294,7 @@ def test_every_script_knows_the_task_of_a_model(restorer, call, monkeypatch):
     if task == "inpaint":
         assert max(special[:2]) < special[2]
     else:
-        assert special[0] != special[1] == pytest.approx(special[0], abs=2)
+        assert special[0] != special[1] == pytest.approx(special[0], abs=6)
     assert process.stdout.splitlines()[-1].startswith("PSNR ")
     for script in (visualize_proper_results, compare_baselines):
         process = call(script, "--checkpoint", path, "--noise-level", 0.1)
