@@ -337,6 +337,9 @@ def run_experiment(args, recipe, files, device):
     settings = recipe.as_dict()
     print(f"recipe {args.recipe}: {', '.join(f'{name} {v}' for name, v in settings.items())}")
 
+    if device.type == "cpu" and (hint := cli.hint_of_load(args.threads)):
+        print(hint, flush=True)
+
     # Training
     about = {
         "config": asdict(model.config),

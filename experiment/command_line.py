@@ -194,6 +194,14 @@ def select_device(name: str, threads: int | None = None) -> torch.device:
     return torch.device(name)
 
 
+def hint_of_load(threads: int | None) -> str:
+    """A sentence where other work keeps this machine's cores, whose threads wait for each other."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    if threads or cores == 1 or load < 0.75 * cores:
+        return ""
+    return f"this machine is busy (load {load:.1f} on {cores} cores): --threads 1 may be faster"
+
+
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """Context in which matrix products run in `dtype` (a name); float32 leaves all as it is."""
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")

@@ -1,6 +1,7 @@
 """What training steps are shown: shuffled batches, cropped and mirrored, with fresh noise."""
 
 import itertools
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from images.degradations import Draws
 from images.noisy_images import NoisyImageDataset
 
 CROP_STREAM = 1  # keeps the places of crops apart from the noise
+SECONDS_PER_LINE = 30  # where there is no terminal for a bar
 STEPS_PER_READ = 50  # reading a loss for the progress bar makes the CPU wait for a GPU
 
 
@@ -76,12 +78,15 @@ def with_progress(
     looks = {"unit": "step", "leave": False, "dynamic_ncols": True}
     hidden = silent or None  # None: where there is no terminal
     bar = tqdm(itertools.islice(batches, count), title, count, disable=hidden, **looks)
-    images = 0
+    images, told = 0, time.monotonic()
     for step, batch in enumerate(bar, 1):
         yield first + step - 1, batch
         images += len(batch[0])
         if not bar.disable and step % STEPS_PER_READ == 0:
             bar.set_postfix_str(f"mse {sums[0].item() / images:.4f}")
+        if bar.disable and not silent and time.monotonic() - told > SECONDS_PER_LINE:
+            print(f"{title}: step {step} of {count}", flush=True)
+            told = time.monotonic()
 
 
 def random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -24,8 +24,10 @@ import visualize_training_data
 from common.user_errors import UserError, run_main
 from conftest import ROOT, assert_refused, read_csv
 from denoising_experiment_proper import RECIPES
+from experiment import command_line
 from experiment.checkpoints import write_checkpoint
 from experiment.recipe import Recipe, changed
+from images import training_batches
 
 # Help ----------------------------------------------------------------------------------------
 
@@ -270,3 +272,19 @@ def test_the_method_works_with_torch_alone(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert process.stdout == "1 8 16\n", process.stderr
+
+
+def test_a_busy_machine_is_told_of_before_the_training(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for load, threads, told in ((1.9, None, True), (0.2, None, False), (1.9, 1, False)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        assert ("--threads 1" in command_line.hint_of_load(threads)) is told
+
+
+def test_a_training_without_a_terminal_tells_how_far_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(training_batches, "SECONDS_PER_LINE", -1)
+    batches = [(torch.zeros(2, 3, 4, 4),)] * 3
+    for silent in (True, False):
+        steps = training_batches.with_progress(batches, torch.zeros(2), "epoch 1/2", 7, 2, silent)
+        assert [number for number, _ in steps] == [7, 8]
+    assert capsys.readouterr().out == "epoch 1/2: step 1 of 2\nepoch 1/2: step 2 of 2\n"
