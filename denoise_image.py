@@ -46,6 +46,7 @@ from images.photo_files import (
     without_hidden,
     write_photo,
 )
+from images.photo_tags import Tags
 from small_vit import SmallViT, load_model
 
 NOTICEABLE = 0.02  # σ of noise that is told of where most of it stays
@@ -166,6 +167,7 @@ def denoise_file(
     dtype: str = "float32",
     strength: float = 1.0,
     compare: bool = False,
+    strip: bool = False,
 ) -> None:
     """Denoises one file and prints its line; `compare` draws before and after as well.
 
@@ -183,7 +185,8 @@ def denoise_file(
     pixels = denoise(model, shown, tile, dtype=dtype, strength=strength)
     if hidden:
         pixels = np.where(photo.alpha > 0, pixels, photo.pixels)
-    write_photo(replace(photo, pixels=pixels), output)
+    tags = Tags(png_chunks=photo.tags.png_chunks) if strip else photo.tags
+    write_photo(replace(photo, pixels=pixels, tags=tags), output)
     seconds = time.perf_counter() - started
     if compare:
         figure = draw_comparison(photo.pixels, pixels, path.name)
@@ -242,8 +245,8 @@ def photograph_model(path: str) -> SmallViT:
 def parse_args():
     parser = cli.make_parser(
         "Removes noise from photographs of any size and kind: grey, alpha and the 16 bits of PNG "
-        "and TIFF stay as they are, colour profiles are kept, EXIF orientation is applied. Of "
-        "several frames or pages it takes the first.",
+        "and TIFF stay as they are, colour profiles and EXIF are kept, its orientation is applied. "
+        "Of several frames or pages it takes the first.",
         "python denoise_image.py holiday/*.jpg --output clean/",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or wildcards")
@@ -253,6 +256,8 @@ def parse_args():
     group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")
     what = "replace what is there already (default: no)"
     group.add_argument("--overwrite", action="store_true", help=what)
+    what = "leave EXIF (with place and date), XMP and resolution out (default: they stay)"
+    group.add_argument("--strip", action="store_true", help=what)
     what = "leave images out whose output is there already (default: no)"
     group.add_argument("--skip-existing", action="store_true", help=what)
     what = "draw before, after and what was removed as well (default: no)"
@@ -294,7 +299,8 @@ def main():
     failed = []
     for path, output in tqdm(outputs.items(), "images", unit="img", leave=False, disable=None):
         try:
-            denoise_file(path, output, model, args.tile, args.dtype, args.strength, args.compare)
+            how = (args.tile, args.dtype, args.strength, args.compare, args.strip)
+            denoise_file(path, output, model, *how)
         except (MemoryError, RuntimeError):
             raise
         except Exception as error:

@@ -5,7 +5,7 @@ import os
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,11 +13,12 @@ import cv2
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from common.safe_files import replace_when_complete
 from common.user_errors import UserError
 from images.degradations import pull_push
+from images.photo_tags import ORIENTATION, Tags, adobe_rgb_profile, is_adobe_rgb, read_tags
 
 # Read by Pillow itself: others, such as EPS, start programs.
 with contextlib.suppress(ImportError):
@@ -27,7 +28,6 @@ with contextlib.suppress(ImportError):
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF")
 LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # as a rule; TIFF and WebP are asked
 WRITTEN = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # others lose alpha or profile
-ORIENTATION = 0x0112  # EXIF tag
 MOSAIC = 32803  # photometric interpretation of TIFF: a colour filter array
 
 
@@ -40,6 +40,7 @@ class Photo:
     icc_profile: bytes | None = None
     lossless: bool = True  # whether the file stores it without loss
     frames: int = 1  # of the file, or pages, of which it is the first
+    tags: Tags = field(default_factory=Tags)
 
 
 def read_photo(path: Path | str) -> Photo:
@@ -70,17 +71,19 @@ def read_photo(path: Path | str) -> Photo:
             frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
             image.seek(0)
             lossless, profile = stored_lossless(image, file), image.info.get("icc_profile")
+            profile = profile or (adobe_rgb_profile() if is_adobe_rgb(image) else None)
             deep = is_deep(image, file)
             array = (deep_pixels if deep else plain_pixels)(image, file)
             # Asked now, since Pillow turns TIFFs itself when it reads them, as OpenCV does.
             if not (deep and image.format == "TIFF"):
                 array = turned(array, image.getexif().get(ORIENTATION, 1))
+            tags = read_tags(image, file)
     has_alpha = array.shape[2] in (2, 4)
     pixels, alpha = np.split(array, [array.shape[2] - has_alpha], axis=2)
     space = {1: b"GRAY", 3: b"RGB "}[pixels.shape[2]]
     if not profile or profile[16:20] != space:  # that of a CMYK file, say
         profile = None
-    return Photo(pixels, alpha if has_alpha else None, profile, lossless, frames)
+    return Photo(pixels, alpha if has_alpha else None, profile, lossless, frames, tags)
 
 
 def refuse_raw(image: Image.Image, file: BinaryIO) -> None:
@@ -246,12 +249,23 @@ def write_photo(photo: Photo, path: Path) -> None:
                 colours = "minisblack" if grey else "rgb"
                 extra = ["unassalpha"] if photo.alpha is not None else None
                 kind = {"photometric": colours, "extrasamples": extra, "compression": "zlib"}
+                kind |= (
+                    {"resolution": photo.tags.dpi, "resolutionunit": "INCH"}
+                    if photo.tags.dpi
+                    else {}
+                )
                 tifffile.imwrite(temporary, shown, iccprofile=profile, planarconfig=1, **kind)
             elif not deep:
-                quality = {} if suffix == ".png" else {"quality": 95}
-                Image.fromarray(shown).save(temporary, icc_profile=profile, **quality)
+                more = photo.tags.for_pillow() | {"icc_profile": profile}
+                if suffix == ".png":
+                    more["pnginfo"] = PngImagePlugin.PngInfo()
+                    for name, content in photo.tags.png_chunks.items():
+                        more["pnginfo"].add(name, content)
+                else:
+                    more["quality"] = 95
+                Image.fromarray(shown).save(temporary, **more)
             else:
-                temporary.write_bytes(deep_png(array, profile))
+                temporary.write_bytes(deep_png(array, profile, photo.tags))
         except Exception as error:  # encoders have their own for every kind of refusal
             if getattr(error, "errno", None):  # of the disk
                 raise
@@ -259,7 +273,7 @@ def write_photo(photo: Photo, path: Path) -> None:
             raise UserError(f"cannot write {path}: {why}; name a .png file") from None
 
 
-def deep_png(array: np.ndarray, profile: bytes | None) -> bytes:
+def deep_png(array: np.ndarray, profile: bytes | None, tags: Tags) -> bytes:
     """The bytes of a PNG of uint16 [h, w, C], grey or colours, with alpha or without; neither
     Pillow nor OpenCV writes all of them, nor the profile.
     """
@@ -273,6 +287,10 @@ def deep_png(array: np.ndarray, profile: bytes | None) -> bytes:
     packed.append(packer.flush())
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
     chunks += [(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))] if profile else []
+    chunks += list(tags.png_chunks.items())
+    chunks += [(b"eXIf", tags.exif.removeprefix(b"Exif\0\0"))] if tags.exif else []
+    if tags.dpi:
+        chunks += [(b"pHYs", struct.pack(">IIB", *(round(n / 0.0254) for n in tags.dpi), 1))]
     chunks += [(b"IDAT", part) for part in packed if part]
     content = [b"\x89PNG\r\n\x1a\n"]
     for name, data in (*chunks, (b"IEND", b"")):

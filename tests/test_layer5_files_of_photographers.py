@@ -1,5 +1,6 @@
 """Layer 5, what photographers hand in: grey, hidden colours, raw files, and what they are told."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import skimage.data
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 from skimage.metrics import peak_signal_noise_ratio as psnr
 from skimage.restoration import denoise_tv_chambolle
 
@@ -181,3 +182,55 @@ def test_what_cannot_be_written_is_said_before_the_work(call, monkeypatch):
     small_images("x/a.png")
     monkeypatch.setattr(denoise_image, "denoise", refuse)
     assert_refused(call(denoise_image, "x/a.png", "--output", f"{250 * 'n'}.png"), "cannot write")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_what_a_camera_wrote_beside_the_pixels_stays(call, suffix):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110], exif[0x0132] = 6, "A camera", "2026:01:02 03:04:05"
+    exif.get_ifd(0x8825)[1] = "N"  # GPS
+    Image.new("RGB", (60, 40), (90, 120, 60)).save("a.jpg", exif=exif, dpi=(300, 300), quality=95)
+    for options, there in (((), True), (("--strip",), False)):
+        process = call(denoise_image, "a.jpg", "--output", f"b{suffix}", "--overwrite", *options)
+        assert process.returncode == 0, process.stderr
+        with Image.open(f"b{suffix}") as image:
+            found = image.getexif()
+            assert image.size == (40, 60)
+            assert found.get(0x0112, 1) == 1
+            assert (found.get(0x0110), found.get(0x0132)) == (
+                ("A camera", "2026:01:02 03:04:05") if there else (None, None)
+            )
+            assert (found.get_ifd(0x8825).get(1) == "N") is there
+            if suffix != ".webp":  # which has no resolution
+                assert (round(image.info.get("dpi", (0, 0))[0]) == 300) is there
+
+
+def test_colours_of_adobe_rgb_keep_what_they_are(call):
+    """From EXIF alone to a profile: Pillow's conversion to sRGB is that of the definition."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = 65535
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
+    Image.new("RGB", (32, 32), (90, 150, 120)).save("a.jpg", exif=exif, quality=95, subsampling=0)
+    assert call(denoise_image, "a.jpg", "--output", "b.png").returncode == 0
+    with Image.open("b.png") as image:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+    shown = Image.new("RGB", (1, 1), (90, 150, 120))
+    converted = ImageCms.profileToProfile(shown, profile, ImageCms.createProfile("sRGB"))
+    linear = (np.array([90, 150, 120]) / 255) ** (563 / 256)
+    to_xyz = [[0.57667, 0.18556, 0.18823], [0.29734, 0.62736, 0.07529], [0.02703, 0.07069, 0.99134]]
+    from_xyz = [[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.204, 1.057]]
+    light = np.array(from_xyz) @ np.array(to_xyz) @ linear
+    expected = 255 * np.where(light > 0.0031308, 1.055 * light.clip(0) ** (1 / 2.4) - 0.055, 0)
+    assert np.abs(np.array(converted.getpixel((0, 0))) - expected)[1:].max() < 2.5
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_gamma_of_a_png_stays(call, deep):
+    info = PngImagePlugin.PngInfo()
+    info.add(b"gAMA", (100000).to_bytes(4, "big"))
+    dtype, value = (np.uint16, 30000) if deep else (np.uint8, 120)
+    Image.fromarray(np.full((32, 32), value, dtype)).save("a.png", pnginfo=info, dpi=(72, 72))
+    assert call(denoise_image, "a.png").returncode == 0
+    with Image.open("a_denoised.png") as image:
+        assert image.info["gamma"] == pytest.approx(1.0)
+        assert round(image.info["dpi"][0]) == 72
