@@ -2,19 +2,16 @@
 
     python ablation_study.py          # the published parts, 3 seeds of 30 epochs: for a GPU
     python ablation_study.py --dataset photos --epochs 2 --seeds 0  # some minutes on 2 CPU cores
-    python ablation_study.py --checkpoint best_denoising_model_proper.pt  # no training, minutes
 
 Every variant has the same data, noise, steps, learning rates and seeds, in the loop of the
 training script. A run that was interrupted goes on where it stopped, since finished trainings are
 read from the output file. Writes a JSON file and, named after it, a Markdown table and a picture of
 PSNR against compute or, with --tiles, against their size. Variants in which a share of the tokens
 attends are tested with every share.
-With --checkpoint, parts of a trained model are replaced instead, and it is tested again.
 """
 
 import copy
 import itertools
-import math
 import os
 import statistics
 import time
@@ -34,20 +31,17 @@ from experiment.checkpoints import check_same_recipe
 from experiment.evaluation import evaluate, psnr
 from experiment.losses import LOSSES
 from experiment.recipe import Recipe, changed
-from experiment.reports import print_head, print_row, result_line
 from experiment.tiling import OVERLAP, InTiles, Tiled
-from experiment.trained_model import images_for
 from images.degradations import degradation_of
 from images.image_sources import SIZE, load_images
 from images.noisy_images import NoisyImageDataset
-from small_vit import count_parameters, load_model, with_each_capacity
-from studies.model_variants import VARIANTS, replaced_parts
+from small_vit import count_parameters, with_each_capacity
+from studies.model_variants import VARIANTS
 from studies.study_results import TILES_OF, files_of, markdown, read_study, share_name, write_study
 from studies.timing import count_flops
 
 PARTS = list(VARIANTS)[:6]  # the published model's
 IN_TILES = {TILES_OF: InTiles, "overlapping tiles of ": Tiled}  # the latter as denoise_image.py
-OF_A_TEST = ("checkpoint", "dataset", "data_dir", "noise_level", "device", "threads")  # options
 
 # Trainings -----------------------------------------------------------------------------------
 
@@ -149,38 +143,6 @@ def read_rows(output: Path, recipe: dict) -> list[dict]:
     return rows
 
 
-# A trained model -----------------------------------------------------------------------------
-
-
-def measure_replaced_parts(
-    checkpoint: str,
-    dataset: str | None,
-    data_dir: str,
-    noise_level: float | None,
-    device: torch.device,
-) -> int:
-    """Prints what becomes of a trained model when parts of it are replaced."""
-    model = load_model(checkpoint).to(device)
-    print(model.described())
-    source, splits = images_for(model.trained, dataset, data_dir, noise_level=noise_level)
-    test_set = splits[-1]
-    if model.capacity:
-        why = "its router also chooses which tokens attend, and cannot be replaced"
-        raise UserError(f"--checkpoint {checkpoint}: {why}; name a model without a capacity")
-    patch = model.config.patch_size
-    sizes = [image.shape[1:] for image in test_set.split.images]
-    tokens = max(math.ceil(h / patch) * math.ceil(w / patch) for h, w in sizes)
-    torch.manual_seed(0)  # of the random weights
-    print_head("replaced", "PSNR (dB)", "SSIM")
-    results = {}
-    for name, variant in replaced_parts(model.cpu(), tokens).items():
-        result = results[name] = evaluate(variant.to(device), test_set)
-        print_row(name, f"{result.psnr.mean():.2f}", f"{result.ssim.mean():.4f}")
-    as_trained = results["as trained"]
-    print(result_line(as_trained.psnr, as_trained.ssim, source.name))
-    return 0
-
-
 # The command ---------------------------------------------------------------------------------
 
 
@@ -192,7 +154,6 @@ def parse_args():
         RECIPES,
     )
     cli.add_data(parser)
-    parser.set_defaults(dataset=None)
     cli.add_recipe(parser, RECIPES, without=("model", "init", "seed"), loss=LOSSES)
     group = parser.add_argument_group("study")
     group.add_argument(
@@ -212,12 +173,6 @@ def parse_args():
         help=f"out of: {'; '.join(VARIANTS)} (default: the first six)",
     )
     group.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        help="train nothing: test this model again with parts of it replaced, on the images and "
-        "with the noise of its training unless others are named (default: none)",
-    )
-    group.add_argument(
         "--tiles",
         type=Number(int, 2 * OVERLAP, most=4096),
         nargs="+",
@@ -230,22 +185,12 @@ def parse_args():
     cli.add_computation(parser)
     args = parser.parse_args()
     args.tiles = sorted(set(args.tiles))
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    others = [name for name in given if name not in OF_A_TEST]
-    if args.checkpoint is not None and others:
-        raise UserError(f"--{others[0].replace('_', '-')} is of trainings; drop it or --checkpoint")
     return args
 
 
 def main():
     args = parse_args()
     device = cli.select_device(args.device, args.threads)
-    if args.checkpoint is not None:
-        sigma, *more = args.noise_level or [None]
-        if more:
-            raise UserError("--noise-level: name one σ beside --checkpoint")
-        images = (args.dataset, args.data_dir, sigma)
-        return measure_replaced_parts(args.checkpoint, *images, device)
     recipe, files = changed(RECIPES[args.recipe], vars(args)), files_of(Path(args.output))
     with locked(files):
         return run_study(args, recipe, files, device)
@@ -259,7 +204,7 @@ def run_study(args, recipe, files, device):
         raise UserError("--tiles: inpainting is not tested in tiles; drop one of the two")
     if getattr(recipe.degradation, "noise_level", (1, 1))[1] < 1e-4:
         raise UserError(f"{recipe.degradation}: there is no noise to remove; raise --noise-level")
-    source = load_images(args.dataset or "cifar10", args.data_dir, crop=recipe.crop)
+    source = load_images(args.dataset, args.data_dir, crop=recipe.crop)
     train_set, val_set, test_set = recipe.splits(source)
     if args.tiles:
         largest = max(max(image.shape[1:]) for image in test_set.split.images)

@@ -1,6 +1,5 @@
 """What study and benchmark compare the model with: other routers, budgets, layers and denoisers."""
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -33,53 +32,12 @@ class UniformRouter(nn.Module):
         return x.new_full((*x.shape[:2], self.num_experts), 1 / self.num_experts)
 
 
-class RandomRouter(nn.Module):
-    """Weights drawn once for each of so many tokens, softmax of N(0, 1), never trained."""
-
-    def __init__(self, tokens, num_experts):
-        super().__init__()
-        self.register_buffer("routing", torch.randn(1, tokens, num_experts).softmax(-1))
-
-    def forward(self, x):
-        """[B, N, D] -> [B, N, E]."""
-        return self.routing[:, : x.shape[1]].expand(len(x), -1, -1)
-
-
-class FirstChoiceRouter(nn.Module):
-    """All weight to the expert that another router likes best."""
-
-    def __init__(self, router):
-        super().__init__()
-        self.router = router
-
-    def forward(self, x):
-        """[B, N, D] -> [B, N, E], zeros and ones."""
-        routing = self.router(x)
-        return F.one_hot(routing.argmax(-1), routing.shape[-1]).to(routing.dtype)
-
-
 def with_routers(model: SmallViT, make_router: Callable) -> SmallViT:
     """The model with every router replaced by make_router(that router, number of experts)."""
     for module in model.modules():
         if isinstance(module, AdaptiveAttentionMoE):
             module.router = make_router(module.router, len(module.experts))
     return model
-
-
-def replaced_parts(model: SmallViT, tokens: int) -> dict[str, SmallViT]:
-    """{what was replaced: model}, of the same weights otherwise; for images of so many tokens."""
-    routers = {
-        "as trained": lambda router, _: router,
-        "uniform routing weights": lambda _, experts: UniformRouter(experts),
-        "random routing weights": lambda _, experts: RandomRouter(tokens, experts),
-        "first-choice expert alone": lambda router, _: FirstChoiceRouter(router),
-    }
-    variants = {name: with_routers(copy.deepcopy(model), make) for name, make in routers.items()}
-    for keys in (64, 32, 16, 8, 4, 1):
-        variant = SmallViT(replace(model.config, k_attend=(keys,) * len(model.config.k_attend)))
-        variant.load_state_dict(model.state_dict())
-        variants[f"every expert keeps {keys} keys"] = variant
-    return variants
 
 
 # Which tokens attend: of [B, N, E + 1] the [B, N] ranks; the lowest attend ---------------------

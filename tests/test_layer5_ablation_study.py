@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,9 @@ import denoising_experiment_proper as experiment
 from common.user_errors import UserError
 from conftest import ROOT, assert_refused, interrupted_in_epoch, write_images
 from experiment.checkpoints import complete
-from experiment.evaluation import evaluate
 from experiment.recipe import Recipe
 from experiment.reports import plus_minus
 from experiment.tiling import InTiles
-from images.degradations import GaussianNoise
-from images.image_sources import load_images
-from images.noisy_images import noisy_splits
-from small_vit import load_model
 from studies import study_results
 from studies.model_variants import VARIANTS
 from studies.timing import count_flops
@@ -200,35 +194,6 @@ def test_a_variant_that_diverges_does_not_end_the_study(study):
     assert "published, seed 0" not in process.stdout  # it is not tried again
     for name in options[1:3]:
         assert f"| {name} | – | 599,689 | 0, 1 diverged | – | – | – |" in process.stdout
-
-
-def test_parts_of_a_trained_model_are_replaced(trained, photos, call, monkeypatch):
-    """On its own images, of which a quarter will do."""
-
-    def quarter(*arguments):
-        source = load_images(*arguments)
-        return replace(source, test=source.test[::4])
-
-    monkeypatch.setattr("experiment.trained_model.load_images", quarter)
-    process = call(ablation_study, "--checkpoint", trained.path / "model.pt")
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1].endswith("images 51   dataset photos")
-    table = dict(re.findall(r"^\| ([a-z].*?) \| ([\d.]+) \|", process.stdout, re.MULTILINE))
-    assert len(table) == 10
-    test_set = noisy_splits(replace(photos, test=photos.test[::4]), GaussianNoise())[2]
-    result = evaluate(load_model(trained.path / "model.pt"), test_set)
-    assert table["as trained"] == f"{result.psnr.mean():.2f}"
-
-
-def test_every_replaced_part_changes_the_model(vit):
-    variants, noisy = ablation_study.replaced_parts(vit, 64), torch.rand(2, 3, 32, 32)
-    image = variants.pop("as trained").denoise(noisy)
-    for name, variant in variants.items():
-        assert (variant.denoise(noisy) - image).abs().max() > 1e-5, name
-
-
-def test_an_empty_checkpoint_name_is_no_study(call):
-    assert_refused(call(ablation_study, "--checkpoint", ""), "no such checkpoint")
 
 
 # Tiles ---------------------------------------------------------------------------------------

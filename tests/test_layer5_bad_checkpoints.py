@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import ablation_study
 import compare_baselines
 import debug_evaluation
 import denoise_image
@@ -79,7 +78,7 @@ def test_bad_files_are_refused(trained, tmp_path, monkeypatch, make, words):
 
 @pytest.mark.parametrize(
     "script",
-    [ablation_study, compare_baselines, debug_evaluation, denoise_image, visualize_proper_results],
+    [compare_baselines, debug_evaluation, denoise_image, visualize_proper_results],
 )
 def test_scripts_end_with_one_sentence(call, script):
     Path("bad.pt").write_text("hello")

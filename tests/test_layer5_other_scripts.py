@@ -11,7 +11,6 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-import ablation_study
 import compare_baselines
 import debug_evaluation
 import debug_test_data
@@ -92,7 +91,7 @@ def test_drawn_images_go_from_worst_to_best():
 
 
 @pytest.mark.usefixtures("small_picture")
-@pytest.mark.parametrize("script", [visualize_proper_results, ablation_study])
+@pytest.mark.parametrize("script", [visualize_proper_results])
 @pytest.mark.parametrize("config", [{"image_size": 64}, {"patch_size": 16}, {"image_size": 16}])
 def test_models_of_other_sizes_are_shown(call, folder, trained, config, script):
     changed = replace(MODELS["published"], **config)

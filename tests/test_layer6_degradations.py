@@ -347,23 +347,6 @@ def test_impossible_tasks_end_in_a_sentence(call, folder):
         assert_refused(process, words)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        ("--task", "inpaint"),
-        ("--noise-level", 0.1, 0.2),
-        ("--tiles", 32),
-        ("--steps", 1),
-        ("--no-flip",),
-        ("--variants", "quick"),
-        ("--output", "other.json"),
-    ],
-)
-def test_parts_are_replaced_in_a_model_as_it_was_trained(call, option):
-    process = call(ablation_study, "--checkpoint", "m.pt", *option)
-    assert_refused(process, option[0].replace("--no-f", "--f"), "--checkpoint")
-
-
 def test_the_study_trains_variants_that_read_a_mask(call, folder):
     options = ("--dataset", folder, "--task", "inpaint", "--recipe", "quick", "--steps", 1)
     options += ("--seeds", 0, "--variants")
