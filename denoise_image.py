@@ -5,7 +5,7 @@
 
 It removes noise of any strength up to σ = 0.3 that was independent from pixel to pixel before the
 file was written, also as JPEG with colours at half resolution of quality 75 or more. In Python:
-`denoise(load_model("models/photo.pt"), array)`.
+`denoise(load_model("photo"), array)`.
 """
 
 import glob
@@ -47,7 +47,7 @@ from images.photo_files import (
     write_photo,
 )
 from images.photo_tags import Tags
-from small_vit import SmallViT, load_model
+from small_vit import SHIPPED, SmallViT, load_model
 
 NOTICEABLE = 0.02  # σ of noise that is told of where most of it stays
 SUFFIX, COMPARED = "_denoised", "_compare"  # ends of the names that are written
@@ -250,7 +250,7 @@ def parse_args():
         "python denoise_image.py holiday/*.jpg --output clean/",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or wildcards")
-    cli.add_checkpoint(parser, cli.SHIPPED / "photo.pt")
+    cli.add_checkpoint(parser, SHIPPED / "photo.pt")
     cli.add_computation(parser, dtype=True)
     group = parser.add_argument_group("output")
     group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")

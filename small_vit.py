@@ -1,5 +1,6 @@
 """The denoiser: a small vision transformer around the attention layer, and its checkpoints."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,6 +60,8 @@ class ViTConfig:
                 f"got patch_size={self.patch_size}"
             )
 
+
+SHIPPED = Path(__file__).parent / "models"  # folder of trained models
 
 # `--model`
 MODELS = {
@@ -278,6 +281,8 @@ def count_parameters(model: nn.Module) -> int:
 def load_model(path: str | Path) -> SmallViT:
     """The trained model of a checkpoint file, in evaluation mode, on the CPU.
 
+    The name of a shipped one, such as "photo", will do where there is no such file.
+
     What it is for stands in its `trained`: `model.trained.recipe.degradation` is the noise, or what
     else it removes, `model.trained.recipe.crop` tells a model for photographs from one for
     thumbnails, and `model.trained.checkpoint["test"]` has the figures of its test.
@@ -285,6 +290,8 @@ def load_model(path: str | Path) -> SmallViT:
     Raises:
         UserError: the file is missing, damaged, or no checkpoint of such a model.
     """
+    shipped = SHIPPED / f"{path}.pt"
+    path = shipped if os.path.isfile(shipped) and not os.path.exists(path) else path
     return build_model(read_checkpoint(path), path)
 
 

@@ -21,7 +21,6 @@ from experiment.recipe import Recipe
 from images.degradations import KINDS, GaussianNoise
 
 PUBLISHED_CHECKPOINT = "best_denoising_model_proper.pt"
-SHIPPED = Path(__file__).parent.parent / "models"  # folder of trained models
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 

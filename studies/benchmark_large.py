@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from experiment.command_line import SHIPPED, autocast
+from experiment.command_line import autocast
 from experiment.cuda_graphs import ReplayedModel
 from experiment.evaluation import psnr
 from experiment.reports import print_head, print_row
@@ -128,7 +128,7 @@ def photograph_runs(name: str, tile: int, device: torch.device, dtype: str) -> I
 
 def measure_tiles(effort, device: torch.device) -> list[dict]:
     """Decibels against seconds of tiles and their overlap, by the shipped model."""
-    model = load_model(SHIPPED / "gaussian.pt").to(device)
+    model = load_model("gaussian").to(device)
     photographs = [noisy_photograph(name) for name in ("astronaut", "coffee", "rocket")]
     print_head("tile", "overlap", "PSNR (dB)", "seconds")
     rows = []

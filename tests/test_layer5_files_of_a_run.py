@@ -18,9 +18,8 @@ from common.safe_files import locked, replace_when_complete
 from common.user_errors import UserError
 from conftest import SHORT, assert_refused, interrupted_in_epoch
 from experiment.checkpoints import write_checkpoint
-from experiment.command_line import SHIPPED
 from experiment.run_files import RunFiles
-from small_vit import load_model
+from small_vit import SHIPPED, load_model
 
 # Runs ----------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from skimage.metrics import peak_signal_noise_ratio as psnr
 from skimage.restoration import denoise_tv_chambolle
 
 import denoise_image
+from common.user_errors import UserError
 from conftest import assert_refused
-from experiment.command_line import SHIPPED
 from experiment.tiling import denoise, noise_at_sizes
 from images.photo_files import read_photo
 from small_vit import load_model
@@ -22,7 +22,7 @@ from small_vit import load_model
 
 @pytest.fixture(scope="module")
 def photo_model():
-    return load_model(SHIPPED / "photo.pt")
+    return load_model("photo")
 
 
 def noisy_grey(sigma):
@@ -234,3 +234,13 @@ def test_the_gamma_of_a_png_stays(call, deep):
     with Image.open("a_denoised.png") as image:
         assert image.info["gamma"] == pytest.approx(1.0)
         assert round(image.info["dpi"][0]) == 72
+
+
+def test_shipped_models_are_known_by_name_and_files_go_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_model("photo").trained.path.endswith("photo.pt")
+    with pytest.raises(UserError, match="no-such: no such checkpoint"):
+        load_model("no-such")
+    Path("photo").write_text("a file of that name")
+    with pytest.raises(UserError, match="photo is damaged"):
+        load_model("photo")
