@@ -146,7 +146,7 @@ def choose_outputs(
 
 def draw_comparison(before: np.ndarray, after: np.ndarray, name: str) -> Figure:
     """Figure: before | after | what was removed, four times as strong; the middle of the image."""
-    before, after = (center_crop(a) / np.float32(np.iinfo(a.dtype).max) for a in (before, after))
+    before, after = (as_float(center_crop(a)) for a in (before, after))
     removed = np.clip(0.5 + 4 * (before - after), 0, 1)
     height, width = before.shape[:2]
     scale = max(1, min(300 / width, PROBE / height))  # of a pixel, in hundredths of an inch

@@ -76,7 +76,10 @@ def option(default: Any, help: str, **settings) -> Any:
 
 
 def check_fields(settings: Any) -> None:
-    """Raises a BadOption if a field that is an option is not of its type or out of its range."""
+    """Raises a BadOption if a field is not of the type or in the range that its metadata declares.
+
+    Those with a help are options of the command line as well.
+    """
     for declared in fields(settings):
         value, default = getattr(settings, declared.name), declared.default
         if not declared.metadata or (value is None and default is None):

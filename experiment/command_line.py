@@ -70,7 +70,7 @@ def add_fields(group, kind: type, names: Iterable[str] = (), with_defaults=True,
         changes: {name of a field: settings of add_argument in place of what it declares}.
     """
     for declared in fields(kind):
-        if declared.metadata and (not names or declared.name in names):
+        if "help" in declared.metadata and (not names or declared.name in names):
             settings = dict(declared.metadata)
             if type(declared.default) is bool:
                 settings["action"] = argparse.BooleanOptionalAction

@@ -5,13 +5,12 @@ The values of the recipes stand in denoising_experiment_proper.py; `--help` show
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from common.options import (
-    BadOption,
     Number,
     as_option,
     check_fields,
@@ -47,7 +46,7 @@ class Recipe:
     )
     # Of the learning rate: "epoch", a cosine to 0 that falls once per epoch, as published, or
     # "step", WARM_UP of all steps upwards and then straight down to 0, a little in every step.
-    schedule: str = "epoch"
+    schedule: str = field(default="epoch", metadata={"choices": ("epoch", "step")})
     batch_size: int = option(64, "images per step, of all processes together", type=Number(int, 1))
     optimizer: str = option(
         "adamw", "muon orthogonalises the momentum of matrices", choices=["adamw", "muon"]
@@ -59,7 +58,8 @@ class Recipe:
     loss: str = option(
         "mse", "mean squared error; minus the mean PSNR; a smooth absolute error; or 1 - SSIM"
     )
-    balance_weight: float = 0.01  # of the load-balancing loss of each block
+    # Of the load-balancing loss of each block.
+    balance_weight: float = field(default=0.01, metadata={"type": Number(float)})
     crop: int | None = option(
         None,
         "train on random square crops of this side, out of images that stay whole; an epoch is 64 "
@@ -94,10 +94,6 @@ class Recipe:
 
     def __post_init__(self):
         check_fields(self)
-        if self.schedule not in ("epoch", "step"):
-            raise BadOption("schedule", f"must be one of epoch, step, got {self.schedule!r:.60}")
-        if not Number(float).holds(self.balance_weight):
-            raise BadOption("balance_weight", f"must be a number, got {self.balance_weight!r:.60}")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Recipe":

@@ -57,7 +57,7 @@ def denoise(
         raise ValueError(f"{wanted}, got dtype={dtype!r}, strength={strength!r}")
     pixels = image.reshape(*image.shape[:2], -1)
     check_range(pixels)
-    if (pixels == pixels[:, :, :1]).all():
+    if all(np.array_equal(pixels[:, :, 0], pixels[:, :, c]) for c in range(1, pixels.shape[2])):
         pixels = np.ascontiguousarray(pixels[:, :, :1])
     sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
     replayed = (model if isinstance(model, ReplayedModel) else ReplayedModel(model)).eval()
@@ -105,7 +105,9 @@ def restore_any_size(
     small = noisy.shape[2] * noisy.shape[3] <= MOST_WHOLE
     if small or noisy.shape[1] != 3 or isinstance(model, Tiled):
         return replayed(noisy)
-    image = in_overlapping_tiles(ReplayedModel(model), noisy[0].permute(1, 2, 0).cpu().numpy())
+    # What was recorded for a tile serves the next image, too.
+    replayed = replayed if replayed is not model else ReplayedModel(model)
+    image = in_overlapping_tiles(replayed, noisy[0].permute(1, 2, 0).cpu().numpy())
     return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).to(noisy.device), []
 
 
