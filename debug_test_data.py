@@ -7,10 +7,9 @@ Says loudly when something looks wrong, and then exits with 1.
 
 import torch
 
-from common.options import told_as_options
 from common.user_errors import run_main
 from experiment import command_line as cli
-from images.degradations import degradation_of
+from experiment.recipe import Recipe, changed
 from images.image_sources import load_images
 from images.noisy_images import NoisyImageDataset, noisy_splits
 
@@ -70,8 +69,7 @@ def main():
     cli.add_data(parser)
     cli.add_noise(parser)
     args = parser.parse_args()
-    with told_as_options():
-        degradation = degradation_of(vars(args))
+    degradation = changed(Recipe(), vars(args)).degradation
     source = load_images(args.dataset, args.data_dir, args.seed)
     print(f"{source.name}: {len(source.classes)} classes, {degradation}")
     datasets, problems = noisy_splits(source, degradation), []

@@ -49,7 +49,7 @@ from experiment.muon import make_optimizer
 from experiment.recipe import Recipe, changed
 from experiment.reports import draw_history, epoch_line, result_line, results_box
 from experiment.run_files import RunFiles
-from images.degradations import GaussianNoise
+from images.degradations import CameraNoise, GaussianNoise
 from images.image_sources import load_images
 from images.noisy_images import NoisyImageDataset
 from images.training_batches import with_progress
@@ -91,6 +91,16 @@ RECIPES["photographs"] = replace(
     crop=96,
     transpose=True,
     degradation=GaussianNoise((0.01, 0.3), unclipped=True),
+)
+# For the files of cameras, and whatever else people have.
+RECIPES["photo"] = replace(
+    RECIPES["photographs"],
+    model="photo",
+    loss="even-psnr",
+    crop=64,
+    resize=(0.7, 2.5),
+    gray_share=0.1,
+    degradation=CameraNoise(),
 )
 
 
@@ -324,6 +334,7 @@ def run_experiment(args, recipe, files, device):
     wait_if(rank() > 0)  # the first process downloads
     source = load_images(args.dataset, args.data_dir, recipe.seed, recipe.crop)
     wait_if(rank() == 0)
+    recipe = recipe.for_images(source)
     train_set, val_set, test_set = recipe.splits(source)
     check_shares(recipe.batch_size, train_set.epoch_size)
     recipe = recipe.of_steps(train_set)

@@ -86,6 +86,8 @@ MODELS["photographs"] = ViTConfig(
     positions=False,
     local=True,
 )
+# For a camera's noise: the same weights keep all keys.
+MODELS["photo"] = replace(MODELS["photographs"], k_attend=(2**30,))
 MODELS["routed-photographs"] = replace(MODELS["photographs"], capacity=0.25)
 
 

@@ -84,7 +84,7 @@ def check_fields(settings: Any) -> None:
         value, default = getattr(settings, declared.name), declared.default
         if not declared.metadata or (value is None and default is None):
             continue
-        several = isinstance(default, tuple)
+        several = isinstance(default, tuple) or "nargs" in declared.metadata
         values = value if isinstance(value, tuple) else (value,)
         number, choices = (declared.metadata.get(key) for key in ("type", "choices"))
         if choices:
@@ -99,6 +99,9 @@ def check_fields(settings: Any) -> None:
             wanted = "true or false" if type(default) is bool else "a text"
         if not good or isinstance(value, tuple) != several:
             raise BadOption(declared.name, f"must be {wanted}, got {value!r:.60}")
+        if declared.metadata.get("nargs") == 2 and (len(value) != 2 or value[0] > value[1]):
+            words = f"must be two numbers in ascending order, got {value}"
+            raise BadOption(declared.name, words)
 
 
 def given_fields(kind: type, settings: Mapping) -> dict:

@@ -194,7 +194,7 @@ def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
 
 def complete(recipe: Mapping[str, Any]) -> dict:
     """A recipe and its images as this version writes them; others had fewer or more entries."""
-    own = {f.name for kind in (Recipe, *KINDS.values()) for f in fields(kind)}
+    own = {f.name for kind in (Recipe, *KINDS) for f in fields(kind)}
     images = {name: value for name, value in recipe.items() if name not in own}
     return images | Recipe.of(recipe).as_dict()
 

@@ -18,7 +18,7 @@ import torch
 from common.options import Number, as_option
 from common.user_errors import UserError
 from experiment.recipe import Recipe
-from images.degradations import KINDS, GaussianNoise
+from images.degradations import KINDS, TASKS, CameraNoise, GaussianNoise
 
 PUBLISHED_CHECKPOINT = "best_denoising_model_proper.pt"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -96,9 +96,15 @@ def add_data(parser, of_model: bool = False) -> None:
 
 def add_noise(parser) -> None:
     """The options of Gaussian noise and --seed, for scripts that look at a training's images."""
-    group = parser.add_argument_group("noise")
-    add_fields(group, GaussianNoise, ("noise_level", "noise_map"))
+    group = parser.add_argument_group("noise", "by default Gaussian, σ = 0.2")
+    add_noise_kind(group)
+    add_fields(group, GaussianNoise, ("noise_level", "noise_map"), with_defaults=False)
     add_fields(group, Recipe, ("seed",))
+
+
+def add_noise_kind(group) -> None:
+    what = "gaussian: independent from pixel to pixel; camera: as in the files of cameras"
+    group.add_argument("--noise", choices=["gaussian", "camera"], help=what)
 
 
 def add_checkpoint(parser, default: str | Path = PUBLISHED_CHECKPOINT) -> None:
@@ -117,9 +123,11 @@ def add_recipe(parser, recipes: Mapping[str, Recipe], without=(), **choices: Ite
     group = parser.add_argument_group("task and noise", "by default those of the recipe, below")
     what = "what the model restores: noisy images; images enlarged after a bicubic reduction; "
     what += "images with holes; or JPEG files with their artefacts"
-    group.add_argument("--task", choices=list(KINDS), help=what)
-    for kind in KINDS.values():
-        add_fields(group, kind, with_defaults=False)
+    group.add_argument("--task", choices=TASKS, help=what)
+    add_noise_kind(group)
+    for kind in KINDS:
+        own = [f.name for f in fields(kind) if kind is not CameraNoise or f.name != "noise_level"]
+        add_fields(group, kind, own, with_defaults=False)
     group = parser.add_argument_group("training", "by default that of the recipe, below")
     names = list(recipes)
     add_option(group, "--recipe", choices=names, default=names[0], help="see below")

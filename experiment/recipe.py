@@ -19,7 +19,15 @@ from common.options import (
     told_as_options,
 )
 from common.user_errors import UserError
-from images.degradations import KINDS, Degradation, GaussianNoise, degradation_of
+from images.degradations import (
+    KINDS,
+    CameraNoise,
+    Degradation,
+    GaussianNoise,
+    PairedNoise,
+    degradation_of,
+    kind_of,
+)
 from images.image_sources import SIZE, ImageSource
 from images.noisy_images import NoisyImageDataset, noisy_splits
 from images.training_batches import training_batches
@@ -67,6 +75,20 @@ class Recipe:
         type=Number(int, 1, most=4096),
         metavar="PIXELS",
     )
+    resize: tuple | None = option(
+        None,
+        "with --crop: take three of four crops larger or smaller and scale them, by a factor that "
+        "is log-uniform between the two: developed photographs are softer than reduced ones",
+        type=Number(float, least=0.25, most=4),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+    )
+    gray_share: float = option(
+        0.0,
+        "part of the training images, by chance, that are made grey",
+        type=Number(float, most=1),
+        metavar="SHARE",
+    )
     flip: bool = option(False, "mirror each training image left to right with probability 1/2")
     transpose: bool = option(
         False,
@@ -111,9 +133,18 @@ class Recipe:
         epochs = self.steps and math.ceil(self.steps / train_set.steps_per_epoch(self.batch_size))
         return replace(self, epochs=epochs or self.epochs)
 
+    def for_images(self, source: ImageSource) -> "Recipe":
+        """The same for pairs, if the source has them: they bring their noise, as it is."""
+        if not source.paired:
+            return self
+        if not isinstance(self.degradation, GaussianNoise | CameraNoise):
+            task = self.degradation.task
+            raise UserError(f"{source.name} is for --task denoise, not for {task}; drop --task")
+        return replace(self, degradation=PairedNoise(), resize=None, gray_share=0.0)
+
     def batches(self, train_set: NoisyImageDataset, epoch: int) -> Iterator[tuple[Tensor, ...]]:
         """The (noisy, clean, labels) batches of an epoch."""
-        names = ("lossless_share", "flip", "transpose", "crop")
+        names = ("lossless_share", "flip", "transpose", "crop", "resize", "gray_share")
         how = {name: getattr(self, name) for name in names}
         return training_batches(train_set, self.batch_size, self.seed, epoch, **how)
 
@@ -136,12 +167,20 @@ def changed(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
         changes["steps"] = None
     elif "steps" in changes:  # may be less than an epoch, in which nothing would fall
         changes["schedule"] = "step"
-    # Another task does not have the noise of the recipe, either.
-    task = given.get("task", recipe.degradation.task)
-    own = recipe.degradation.as_dict() if task == recipe.degradation.task else {"task": task}
-    for other, kind in KINDS.items():
-        for declared in fields(kind):
-            if other != task and declared.name in given:
-                raise UserError(f"{as_option(declared.name)} is of --task {other}; drop it")
+    # Another task does not have the noise of the recipe, either, nor has another noise.
+    own = recipe.degradation.as_dict()
+    if given.get("task", own["task"]) != own["task"]:
+        own = {}
+    elif given.get("noise", own.get("noise")) != own.get("noise"):
+        own = {"task": own["task"]}
     with told_as_options():
+        chosen = kind_of(own | given)
+        if "noise" in given and not chosen.noise:
+            raise UserError(f"--noise is not of --task {chosen.task}; drop it")
+        for kind in KINDS:
+            same = kind.task == chosen.task
+            of = f"--noise {kind.noise}" if same else f"--task {kind.task}"
+            for declared in fields(kind):
+                if declared.name in given and not hasattr(chosen, declared.name):
+                    raise UserError(f"{as_option(declared.name)} is of {of}; drop it")
         return replace(recipe, degradation=degradation_of(own | given), **changes)

@@ -5,10 +5,9 @@ A degradation maps clean images [n, 3, h, w] in [0, 1] and `Draws` to the degrad
 ones: σ of its noise, 1 in a hole, else 0. Its fields are the options of its task.
 """
 
-import io
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -16,10 +15,11 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from common.options import BadOption, Number, check_fields, given_fields, option
+from images.camera_noise import NUMBERS, PROPERTIES, add_camera_noise
+from images.jpeg_files import through_jpeg
 
 BEST_QUALITY = 95  # of JPEG; above it Pillow's files grow and hardly gain
 QUALITY_OF_PHOTOGRAPHS = (75, BEST_QUALITY)  # (least, most) that cameras and editors write
@@ -42,16 +42,15 @@ class Degradation:
     channels = 3  # of the degraded images
     multiple = 1  # of which sides have to be
     numbers = 1  # uniform ones that an image takes
+    noise = None  # which of NOISES
 
     def __post_init__(self):
         check_fields(self)
-        for name, value in vars(self).items():
-            if isinstance(value, tuple) and (len(value) != 2 or value[0] > value[1]):
-                raise BadOption(name, f"must be two numbers in ascending order, got {value}")
 
     def as_dict(self) -> dict:
         """Its task and options as plain values, which `degradation_of` reads."""
-        return {"task": self.task, **asdict(self)}
+        kind = {"task": self.task, "noise": self.noise}
+        return {name: value for name, value in kind.items() if value} | asdict(self)
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ class GaussianNoise(Degradation):
     )
 
     task = "denoise"
+    noise = "gaussian"
 
     def __post_init__(self):
         level = self.noise_level if isinstance(self.noise_level, tuple) else (self.noise_level,)
@@ -126,6 +126,63 @@ class GaussianNoise(Degradation):
             files = chance < self.jpeg_share
             noisy[files] = through_jpeg(noisy[files], QUALITY_OF_PHOTOGRAPHS, number[files])
         return noisy, sigma
+
+
+@dataclass(frozen=True)
+class CameraNoise(Degradation):
+    """What noise is in a camera's files, among clean images and white noise: see camera_noise.py.
+
+    Grey images get grey noise, and a part of all images has been JPEG files.
+    """
+
+    noise_level: tuple = option(
+        (0.5 / 255, 25 / 255),
+        "as GaussianNoise has it",
+        type=Number(float, above=True, most=1),
+        nargs=2,
+    )
+    noise_properties: tuple = option(
+        PROPERTIES,
+        "of --noise camera: what it has; without any it is white",
+        choices=PROPERTIES,
+        nargs="*",
+    )
+
+    camera_share: float = option(
+        0.6,
+        "of --noise camera: part of the images that have it; a quarter of the others are clean, "
+        "the rest have white noise",
+        type=Number(float, most=1),
+        metavar="SHARE",
+    )
+
+    task = "denoise"
+    noise = "camera"
+    numbers = NUMBERS
+
+    def __str__(self):
+        low, high = (in_short(sigma) for sigma in self.noise_level)
+        missing = [name for name in PROPERTIES if name not in self.noise_properties]
+        return f"camera noise, σ = {low} to {high}" + "".join(f", no {name}" for name in missing)
+
+    def __call__(self, clean: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        return add_camera_noise(clean, *draws, *astuple(self))
+
+
+@dataclass(frozen=True)
+class PairedNoise(Degradation):
+    """The noise of real pairs, whose images are [n, 6, h, w]: the truth, then what a camera made of
+    it. Its σ is not known, and 0 in its place.
+    """
+
+    task = "denoise"
+    noise = "pairs"
+
+    def __str__(self):
+        return "noise of its own"
+
+    def __call__(self, clean: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        return clean[:, 3:], clean.new_zeros(1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -201,33 +258,29 @@ class Compression(Degradation):
         return through_jpeg(clean, self.quality, draws.uniform.flatten()), clean.new_zeros(1)
 
 
-KINDS = {kind.task: kind for kind in (GaussianNoise, SuperResolution, Holes, Compression)}
+NOISES = {kind.noise: kind for kind in (GaussianNoise, CameraNoise, PairedNoise)}
+KINDS = (*NOISES.values(), SuperResolution, Holes, Compression)
+TASKS = tuple(dict.fromkeys(kind.task for kind in KINDS))
 
 
 def degradation_of(settings: Mapping) -> Degradation:
     """That of the settings' task and of its fields there; those that are missing are the defaults.
 
-    Raises a BadOption if the task is unknown, or a value is out of its range.
+    Raises a BadOption if the task or noise is unknown, or a value is out of its range.
     """
-    task = settings.get("task", GaussianNoise.task)
-    if not isinstance(task, str) or task not in KINDS:
-        raise BadOption("task", f"must be one of {', '.join(KINDS)}, got {task!r:.60}")
-    return KINDS[task](**given_fields(KINDS[task], settings))
+    kind = kind_of(settings)
+    return kind(**given_fields(kind, settings))
 
 
-def through_jpeg(images: Tensor, quality: tuple, numbers: Tensor) -> Tensor:
-    """What is left of images [n, 3, h, w] after Pillow has written them as JPEG.
-
-    They are clamped to [0, 1] and rounded to 8 bits first. The numbers, [n] in [0, 1), decide over
-    the quality of each, between the least and the most.
-    """
-    low, high = quality
-    pixels = (255 * images.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    for image, number in zip(pixels, numbers.tolist(), strict=True):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=low + int(number * (high - low + 1)))
-        image[:] = Image.open(file)
-    return torch.from_numpy(pixels).to(images).permute(0, 3, 1, 2) / 255
+def kind_of(settings: Mapping) -> type[Degradation]:
+    """The class of the settings' "task" and "noise"; a BadOption if there is none."""
+    task, noise = (settings.get(name) for name in ("task", "noise"))
+    for name, value, known in (("task", task, TASKS), ("noise", noise, NOISES)):
+        if value is not None and (not isinstance(value, str) or value not in known):
+            raise BadOption(name, f"must be one of {', '.join(known)}, got {value!r:.60}")
+    if task in (None, GaussianNoise.task):
+        return NOISES[noise or GaussianNoise.noise]
+    return next(kind for kind in KINDS if kind.task == task)
 
 
 def pull_push(image: Tensor, known: Tensor) -> Tensor:

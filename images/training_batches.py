@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from images.degradations import Draws
 from images.noisy_images import NoisyImageDataset
 
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
+RESIZED = 0.75  # of the crops, with `resize`
 CROP_STREAM = 1  # keeps the places of crops apart from the noise
 SECONDS_PER_LINE = 30  # where there is no terminal for a bar
 STEPS_PER_READ = 50  # reading a loss for the progress bar makes the CPU wait for a GPU
@@ -26,6 +29,8 @@ def training_batches(
     flip: bool = False,
     transpose: bool = False,
     crop: int | None = None,
+    resize: tuple | None = None,
+    gray_share: float = 0.0,
     with_sigma: bool = False,
 ) -> Iterator[tuple[Tensor, ...]]:
     """One epoch of training: (noisy, clean, labels) batches, shuffled, with fresh noise.
@@ -40,6 +45,8 @@ def training_batches(
         transpose: turn each image upside down, and then swap its axes, each with probability 1/2;
             with `flip`, all eight symmetries occur. For square images.
         crop: side of the random crops to take; None takes whole images, which must be of one size.
+        resize: (low, high) of the factor by which RESIZED of the crops are scaled, log-uniform.
+        gray_share: part of the images, by chance, that are made grey.
         with_sigma: yield σ of every pixel, float32 [n, 3, h, w], as the fourth of a batch.
 
     Raises a ValueError if there is no image of a kind or size that is asked for.
@@ -50,7 +57,9 @@ def training_batches(
     for step, indices in enumerate(order.split(batch_size)):
         if crop:
             places = generator_of(seed, epoch, step, CROP_STREAM)
-            images = [random_crop(dataset.split.images[i], crop, places) for i in indices.tolist()]
+            images = [
+                random_crop(dataset.split.images[i], crop, places, resize) for i in indices.tolist()
+            ]
             clean = torch.stack(images).to(dataset.device)
         else:
             clean = dataset.split.images[indices.to(dataset.device)]
@@ -60,10 +69,13 @@ def training_batches(
         normal = torch.randn(clean.shape, **here)
         uniform = torch.rand(len(clean), dataset.degradation.numbers, **here)
         if flip:
-            clean = half_of_them(clean, clean.flip(3), **here)
+            clean = some_of_them(clean, clean.flip(3), **here)
         if transpose:
-            clean = half_of_them(clean, clean.flip(2), **here)
-            clean = half_of_them(clean, clean.transpose(2, 3), **here)
+            clean = some_of_them(clean, clean.flip(2), **here)
+            clean = some_of_them(clean, clean.transpose(2, 3), **here)
+        if gray_share:
+            luma = torch.tensordot(clean, torch.tensor(LUMA).to(clean), ([1], [0])).unsqueeze(1)
+            clean = some_of_them(clean, luma.expand_as(clean), gray_share, **here)
         batch = dataset.degraded(clean, Draws(normal, uniform), indices)
         yield batch if with_sigma else batch[:3]
 
@@ -89,12 +101,23 @@ def with_progress(
             told = time.monotonic()
 
 
-def random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """[3, h, w] -> [3, size, size]."""
+def random_crop(
+    image: Tensor, size: int, generator: torch.Generator, resize: tuple | None = None
+) -> Tensor:
+    """uint8 [3, h, w] -> [3, size, size], scaled where `resize` asks for it."""
     height, width = image.shape[1:]
-    top = torch.randint(height - size + 1, (), generator=generator)
-    left = torch.randint(width - size + 1, (), generator=generator)
-    return image[:, top : top + size, left : left + size]
+    side = size
+    if resize and torch.rand((), generator=generator) < RESIZED:
+        low, high = resize
+        scale = low * (high / low) ** torch.rand((), generator=generator).item()
+        side = min(round(size / scale), height, width)
+    top = torch.randint(height - side + 1, (), generator=generator)
+    left = torch.randint(width - side + 1, (), generator=generator)
+    part = image[:, top : top + side, left : left + side]
+    if side == size:
+        return part
+    # Bicubic, as cameras and editors do, smoothed first where it becomes smaller.
+    return F.interpolate(part[None], (size, size), mode="bicubic", antialias=True)[0]
 
 
 def shuffled_order(dataset: NoisyImageDataset, generator, lossless_share: float | None) -> Tensor:
@@ -114,9 +137,9 @@ def shuffled_order(dataset: NoisyImageDataset, generator, lossless_share: float 
     return drawn[torch.randperm(len(drawn), generator=generator)]
 
 
-def half_of_them(images: Tensor, others: Tensor, **generator) -> Tensor:
-    """[n, 3, h, w] twice -> the same: of each image, by chance, the first or the second."""
-    chosen = torch.rand(len(images), **generator) < 0.5
+def some_of_them(images: Tensor, others: Tensor, share: float = 0.5, **generator) -> Tensor:
+    """[n, 3, h, w] twice -> the same: by chance a share of the images are the others."""
+    chosen = torch.rand(len(images), **generator) < share
     return torch.where(chosen.view(-1, 1, 1, 1), others, images)
 
 

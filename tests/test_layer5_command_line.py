@@ -68,7 +68,7 @@ def as_value(text):
     try:
         values = json.loads(f"[{text.strip().replace(' ', ', ')}]")
     except ValueError:
-        return text.strip()
+        values = text.split()
     return values if len(values) > 1 else values[0] if values else True
 
 

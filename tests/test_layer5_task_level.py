@@ -29,7 +29,7 @@ from experiment.evaluation import (
 )
 from experiment.losses import LOSSES
 from experiment.reports import draw_history
-from images.degradations import KINDS, GaussianNoise
+from images.degradations import Compression, GaussianNoise
 from images.image_sources import load_images
 from images.noisy_images import NoisyImageDataset, noisy_splits
 from small_vit import MODELS, load_model
@@ -177,7 +177,7 @@ def test_an_image_without_damage_does_not_choose_the_strength(photos):
     """A white image comes back from JPEG as it was, and by every strength of total variation."""
     split = photos.test[torch.arange(8)]  # a copy, not a view of what other tests see
     smooth, strengths = compare_baselines.baselines(0.05)["total variation"]
-    jpeg = NoisyImageDataset(split, degradation=KINDS["jpeg"](quality=(10, 10)))
+    jpeg = NoisyImageDataset(split, degradation=Compression(quality=(10, 10)))
     strength, _ = compare_baselines.best_of(smooth, strengths, jpeg)
     split.images[-1] = 255
     again, _ = compare_baselines.best_of(smooth, strengths, jpeg)
