@@ -25,7 +25,7 @@ from common.user_errors import UserError, reason, run_main
 from experiment import command_line as cli
 from experiment.evaluation import evaluate, psnr, ssim
 from experiment.reports import plus_minus, print_head, print_row, result_line
-from experiment.tiling import OVERLAP, Tiled
+from experiment.tiling import OVERLAP, Tiled, estimate_noise
 from experiment.trained_model import images_for
 from images.degradations import Degradation, GaussianNoise
 from images.noisy_images import NoisyImageDataset
@@ -116,17 +116,33 @@ def best_of(
     return max(found.items(), key=lambda of: of[1][0].mean())
 
 
+def estimated_sigma(noisy: np.ndarray) -> float:
+    """σ of the noise of [3, h, w], as `denoise_image.py` prints it; LEAST_SIGMA at least."""
+    return max(LEAST_SIGMA, estimate_noise(noisy.transpose(1, 2, 0)))
+
+
+def denoise_blindly(noisy: np.ndarray, _: None, name: str, bm3d: Callable | None) -> np.ndarray:
+    """[3, h, w] -> the same by one of `baselines`, at its middle strength for the estimated σ."""
+    method, strengths = baselines(estimated_sigma(noisy), bm3d)[name]
+    return method(noisy, strengths[len(strengths) // 2])
+
+
 def compare(
     model: nn.Module, test_set: NoisyImageDataset, classical: bool, bm3d: Callable | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prints the table for one σ, on request with classical methods; returns the model's PSNR and
-    SSIM of every image.
+    SSIM of every image. Where σ is not known, a method is told that which is estimated.
     """
 
     def print_figures(name, psnrs, ssims):
         print_row(name, plus_minus(psnrs, 2), plus_minus(ssims, 4))
 
-    sigma = sum(test_set.degradation.noise_level) / 2  # where it differs over an image, a beginning
+    known = isinstance(test_set.degradation, GaussianNoise)
+    if known:
+        # Where it differs over an image, a beginning
+        sigma = sum(test_set.degradation.noise_level) / 2
+    else:
+        sigma = np.mean([estimated_sigma(noisy[0].numpy()) for noisy, *_ in test_set.batches(1)])
     print_head("method", "PSNR (dB)", "SSIM")
     print_figures("noisy input", *measure(None, None, test_set))
     methods = baselines(sigma, bm3d) if classical and sigma >= LEAST_SIGMA else {}
@@ -136,6 +152,9 @@ def compare(
         if len(test_set) > CHOSEN_ON:
             figures = measure(denoise, strength, test_set)
         print_figures(f"{name}, strength {strength:.3g}", *figures)
+        if not known:
+            blind = partial(denoise_blindly, name=name, bm3d=bm3d)
+            print_figures(f"{name}, by the estimated σ", *measure(blind, None, test_set))
     result = evaluate(model, test_set)
     print_figures("**this model**", result.psnr, result.ssim)
     tqdm.write(f"rounded to 8 bits: {plus_minus(result.psnr_8_bits, 2)} dB")

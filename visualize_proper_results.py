@@ -168,7 +168,7 @@ def image_panels(models: Models, dataset: NoisyImageDataset, index: int) -> list
         title = f"{after}:\n{name}" if len(models) > 1 else after
         panels.append(Panel(title, image, figures(image)))
     panels.append(Panel("ground truth", clean))
-    if of_noise and damage.noise_map != "uniform":
+    if getattr(damage, "noise_map", "uniform") != "uniform":
         panels.append(Panel("σ of the noise", dataset.sigma(index) / damage.noise_level[1]))
     rows, columns = detail(clean) if full_size else (slice(None), slice(None))
     return [panel._replace(image=panel.image[:, rows, columns]) for panel in panels]
@@ -296,7 +296,7 @@ def main():
         print(f"\n{100 * model.capacity:g} % of the tokens attend")
         print_decisions(model, test_set)
         print_capacities(model, test_set)
-    if test_set.degradation.task == "denoise":
+    if isinstance(test_set.degradation, GaussianNoise):
         print(f"\n{test_set.degradation}, at other σ:")
         print_head("σ", "noisy (dB)", "denoised (dB)")
         for row in psnr_against_noise(model, test_set):

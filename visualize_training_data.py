@@ -1,27 +1,35 @@
 """Draws training samples and checks that their noise is what it should be.
 
     python visualize_training_data.py --dataset photos
+    python visualize_training_data.py --dataset photos --noise camera
 
-Writes training_data_verification.png. Exit code 1 when a measured figure is off.
+Writes training_data_verification.png. Exit code 1 when a measured figure of Gaussian noise is off.
+Of a camera's noise, and of that in a --dataset of pairs, it prints the same statistics.
 """
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common.options import told_as_options
 from common.safe_files import check_picture, write_figure
-from common.user_errors import run_main
+from common.user_errors import UserError, run_main
 from experiment import command_line as cli
-from images.degradations import degradation_of
-from images.image_sources import load_images
-from images.noisy_images import noisy_splits
+from experiment.recipe import Recipe, changed
+from experiment.reports import print_head, print_row
+from images.degradations import PairedNoise
+from images.image_sources import SIZE, has_pairs, load_images
+from images.noise_statistics import BINS, COLOURS, DISTANCES, noise_statistics
+from images.noisy_images import NoisyImageDataset, noisy_splits
 from images.training_batches import training_batches
 
 MEASURED_IMAGES = 4096  # at most; 12.6 million values fix the standard deviation to 0.03 %
+DETAIL, DETAILS = 96, 5  # side of a part of a photograph that is drawn, pixels; how many
 SIGMAS = 256  # values to which σ is rounded where it differs; 4e-6 of the standard deviation
 
 
@@ -127,6 +135,67 @@ def draw_samples(noisy: Tensor, clean: Tensor, sigma: Tensor, title: str) -> Fig
     return figure
 
 
+def print_statistics(found: dict[str, np.ndarray]) -> None:
+    """Prints what `noise_statistics` found as a Markdown table."""
+    print_head("noise of whole photographs", *COLOURS)
+    rows = [("standard deviation, of 255", found["level"])]
+    for name in ("horizontal", "vertical"):
+        rows += [
+            (f"{name} correlation at {d}", r) for d, r in zip(DISTANCES, found[name], strict=True)
+        ]
+    rows += [("correlation with the next colour", found["colours"])]
+    names = [f"strength at brightness {(b + 0.5) / BINS:.2f}" for b in range(BINS)]
+    rows += zip(names, found["brightness"], strict=True)
+    for name, values in rows:
+        print_row(name, *(f"{value:.2f}" for value in values))
+
+
+def draw_statistics(dataset: NoisyImageDataset, found: dict, title: str) -> Figure:
+    """Figure: details clean | noisy | with white noise as strong; correlation; strength."""
+    figure, count = plt.figure(figsize=(12, 8), layout="constrained"), min(DETAILS, len(dataset))
+    left, right = figure.subfigures(1, 2, width_ratios=[1.1, 1])
+    axes, white = left.subplots(count, 3, squeeze=False), np.random.default_rng(0)
+    for line, index in zip(axes, np.linspace(0, len(dataset) - 1, count).astype(int), strict=True):
+        noisy, clean = (x.permute(1, 2, 0).numpy() for x in dataset[int(index)][:2])
+        top, left_edge = ((size - min(size, DETAIL)) // 2 for size in clean.shape[:2])
+        part = np.s_[top : top + DETAIL, left_edge : left_edge + DETAIL]
+        other = clean + (noisy - clean).std() * white.standard_normal(clean.shape)
+        for axis, image in zip(line, (clean, noisy, other), strict=True):
+            axis.imshow(image[part].clip(0, 1), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[0], ("clean", "noisy", "white noise as strong"), strict=True):
+        axis.set_title(name)
+    near, strong = right.subplots(2, 1)
+    for colour, name in enumerate(COLOURS):
+        values = [1, *found["horizontal"][:, colour]]
+        near.plot(range(len(values)), values, ".-", color=f"tab:{name}", label=name)
+        places = (np.arange(BINS) + 0.5) / BINS
+        strong.plot(places, found["brightness"][:, colour], ".-", color=f"tab:{name}")
+    near.plot((0, *DISTANCES), [1] + [0] * len(DISTANCES), "k:", label="white noise")
+    near.set(xlabel="distance in pixels, horizontally", title="Correlation", xticks=(0, *DISTANCES))
+    near.legend()
+    strong.axhline(1, color="k", ls=":")
+    strong.set(xlabel="brightness", title="Strength over brightness", ylim=(0, None))
+    figure.suptitle(title)
+    return figure
+
+
+def show_statistics(args, degradation) -> int:
+    """Prints and draws the noise of whole test images: a camera's as drawn, or that of pairs."""
+    source = load_images(args.dataset, args.data_dir, args.seed, crop=SIZE, test_only=True)
+    degradation = PairedNoise() if source.paired else replace(degradation, camera_share=1.0)
+    test_set = noisy_splits(source, degradation)[2]
+    found = noise_statistics(test_set)
+    title = f"{source.name}, {len(test_set):,} test images, {degradation}"
+    print(title)
+    if not found:
+        raise UserError(f"{source.name}: its images have no noise")
+    print_statistics(found)
+    write_figure(draw_statistics(test_set, found, title), args.output)
+    print(f"\nwrote {args.output}")
+    return 0
+
+
 def main():
     parser = cli.make_parser(
         "Draws training samples, compares their noise with theory, exits with 1 when it is off.",
@@ -137,9 +206,10 @@ def main():
     what = "picture to write, in place of an earlier one"
     cli.add_output(parser, "training_data_verification.png", what)
     args = parser.parse_args()
-    with told_as_options():
-        degradation = degradation_of(vars(args))
+    degradation = changed(Recipe(), vars(args)).degradation
     check_picture(args.output)
+    if degradation.noise == "camera" or has_pairs(Path(args.dataset)):
+        return show_statistics(args, degradation)
     source = load_images(args.dataset, args.data_dir, args.seed)
     train_set = noisy_splits(source, degradation)[0]
     batches = training_batches(train_set, MEASURED_IMAGES, args.seed, epoch=1, with_sigma=True)

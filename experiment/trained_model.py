@@ -6,6 +6,7 @@ from dataclasses import replace
 from common.options import as_option, told_as_options
 from common.user_errors import UserError
 from experiment.checkpoints import Trained
+from images.degradations import GaussianNoise, PairedNoise
 from images.image_sources import SIZE, ImageSource, load_images
 from images.noisy_images import NoisyImageDataset, noisy_splits
 
@@ -43,9 +44,17 @@ def images_for(
             raise UserError(f"{other}; name the same ones with --dataset")
     degradation = recipe.degradation
     changes = {name: value for name, value in noise.items() if value is not None}
-    if changes and degradation.task != "denoise":
-        name = as_option(next(iter(changes)))
-        raise UserError(f"{name} is for noise; {path} was trained for {degradation}; drop it")
+    if changes and (degradation.task != "denoise" or source.paired):
+        whose = f"{path} was trained for {degradation}"
+        whose = f"{source.name} has noise of its own" if source.paired else whose
+        raise UserError(f"{as_option(next(iter(changes)))} is for noise; {whose}; drop it")
+    if source.paired:
+        degradation = recipe.for_images(source).degradation
+    elif isinstance(degradation, PairedNoise) and "noise_level" not in changes:
+        words = "was trained on pairs; name pairs with --dataset, or a --noise-level"
+        raise UserError(f"{path} {words}")
+    elif changes and not isinstance(degradation, GaussianNoise):
+        degradation = GaussianNoise()  # as models for all kinds of noise are compared
     if "noise_level" in changes:
         changes["noise_map"] = "uniform"
     elif not same_images and getattr(degradation, "noise_map", None) == "uniform":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import skimage.data
 import torch
@@ -25,6 +26,8 @@ LEAST_SIDE = 12  # of a photograph: SSIM has windows of 7×7, super-resolution l
 VALIDATION_SHARE = 0.2  # CIFAR-10: 40,000 / 10,000 of the 50,000 training images
 WHOLE_VALIDATION_SHARE = 0.05  # of photographs, which have thousands of times the pixels
 CROPS_PER_FILE = 64  # at most, from one large image of a folder
+PAIR = ("true", "noisy")  # folders of pairs
+MOST_SHIFT, LEAST_RESPONSE = 1.5, 0.25  # pixels; of a phase correlation that is to be trusted
 # Whole photographs per split, so that no test crop has a neighbour among the training crops.
 PHOTOS = {
     "train": ("astronaut", "stereo_motorcycle", "immunohistochemistry"),
@@ -37,7 +40,7 @@ PHOTOS = {
 class Split:
     """Images of one split."""
 
-    images: torch.Tensor | list  # uint8 [n, 3, h, w], or n of [3, h, w] of sizes that differ
+    images: torch.Tensor | list  # uint8 [n, 3, h, w], or n of [3, h, w], of pairs [6, h, w]
     labels: torch.Tensor  # int64 [n], the class index (for photos, the photograph's)
     lossless: torch.Tensor  # bool [n], False where the image was stored with lossy compression
 
@@ -62,6 +65,7 @@ class ImageSource:
     val: Split
     test: Split
     classes: list
+    paired: bool = False  # whether the images are pairs, the true and the noisy one: [6, h, w]
 
     def nbytes(self) -> int:
         """Of the pixels of all splits, in memory."""
@@ -207,6 +211,8 @@ def _load_folder(folder, data_dir, seed, crop, test_only):
     parts = {"test": folder / "test"} | ({} if test_only else {"train": folder / "train"})
     if test_only and not os.path.isdir(parts["test"]):
         parts["test"] = folder
+    if has_pairs(folder):
+        return _load_pairs(folder, parts, seed, crop)
     for part, place in parts.items():
         if not os.path.isdir(place):
             raise UserError(f"{folder} has no {part}/ folder; put {part} images into it")
@@ -224,6 +230,77 @@ def _load_folder(folder, data_dir, seed, crop, test_only):
     test, _ = _read_split(parts["test"], paths["test"], class_of, classes, crop, 1, data_dir)
     name = printable(f"folder {folder.resolve().name}")
     return ImageSource(name, str(folder.resolve()), train, val, test, classes)
+
+
+def has_pairs(folder: Path) -> bool:
+    """Whether it, or its train/ or test/, holds pairs: noisy/ and true/."""
+    return any(os.path.isdir(folder / p / name) for p in ("", "train", "test") for name in PAIR)
+
+
+def _load_pairs(folder, parts, seed, crop):
+    if not crop:
+        raise UserError(
+            f"{folder} holds pairs of photographs, this model or recipe is for thumbnails; take "
+            "one for photographs, such as photo"
+        )
+    splits = {part: _read_pairs(place, max(crop, LEAST_SIDE)) for part, place in parts.items()}
+    train = val = None
+    if "train" in splits:
+        groups = torch.arange(len(splits["train"]))
+        train, val = _divide(splits["train"], groups, seed, WHOLE_VALIDATION_SHARE)
+    name = printable(f"pairs {folder.resolve().name}")
+    return ImageSource(name, str(folder.resolve()), train, val, splits["test"], [""], paired=True)
+
+
+def _read_pairs(folder, least):
+    """The Split of the pairs below a folder's noisy/ and true/; a UserError names one that is none.
+
+    A true and a noisy image are of one size and name, whatever the kind of file; and not shifted.
+    """
+    true, noisy = (_named(folder / name) for name in PAIR)
+    for some, others, name in ((true, noisy, PAIR[1]), (noisy, true, PAIR[0])):
+        if alone := sorted(some.keys() - others.keys()):
+            partner = f"no file of that name in {folder / name}"
+            raise UserError(
+                f"{some[alone[0]]} has no partner, {partner}; add it or remove this one"
+            )
+    images, lossless = [], []
+    for name in tqdm(sorted(true), f"reading {folder.name}", leave=False, disable=None):
+        files = true[name], noisy[name]
+        try:
+            (clean, kept), (shot, shot_kept) = map(read_rgb, files)
+        except Exception as error:
+            raise UserError(f"{files[0]} or {files[1]} cannot be read ({reason(error)})") from None
+        sizes = [f"{image.shape[1]}×{image.shape[0]}" for image in (clean, shot)]
+        if sizes[0] != sizes[1]:
+            raise UserError(f"{files[1]} has {sizes[1]} pixels and its truth {sizes[0]}; crop both")
+        if min(clean.shape[:2]) < least:
+            raise UserError(f"{files[1]} has {sizes[1]} pixels, less than {least}; remove the pair")
+        if shift := shift_of(clean, shot):
+            where = "{:.1f} pixels to the right and {:.1f} below".format(*shift)
+            raise UserError(f"{files[1]} lies {where} its truth; align the two")
+        images.append(np.concatenate([clean, shot], 2))
+        lossless.append(kept and shot_kept)
+    if len(images) < 2:
+        raise UserError(f"{folder} holds {len(images)} pairs, at least 2 are needed")
+    return _split(images, [0] * len(images), lossless, crop=True)
+
+
+def _named(folder):
+    """{path below a folder, without the kind of file: path} of its images; a UserError if there is
+    no such folder.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder.parent} has no {folder.name}/ folder; pairs are noisy/ and true/")
+    return {path.relative_to(folder).with_suffix(""): path for path in list_images(folder)}
+
+
+def shift_of(one: np.ndarray, other: np.ndarray) -> tuple[float, float] | None:
+    """(x, y) by which a photograph [h, w, 3] lies beside another; None below MOST_SHIFT pixels."""
+    grey = [cv2.cvtColor(x, cv2.COLOR_RGB2GRAY).astype(np.float32) for x in (one, other)]
+    window = cv2.createHanningWindow(grey[0].shape[::-1], cv2.CV_32F)
+    shift, response = cv2.phaseCorrelate(*grey, window)
+    return shift if max(map(abs, shift)) > MOST_SHIFT and response > LEAST_RESPONSE else None
 
 
 def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):

@@ -18,6 +18,7 @@ CROPS_PER_PHOTOGRAPH = 64  # in an epoch, of images that are kept whole
 class NoisyImageDataset(torch.utils.data.Dataset):
     """Clean images and what a degradation makes of them: noisy = clamp(clean + σ·N(0, 1), 0, 1).
 
+    Of pairs, [n, 6, h, w] with the noisy image after the true one, see PairedNoise.
     The images stay uint8 tensors on `device`, where training draws its noise, too. There are two
     kinds of noise, both reproducible: `dataset[i]` and `batches()` give image i the same noise
     whatever the batch size, the order, the device or the run (validation and test);
@@ -49,7 +50,9 @@ class NoisyImageDataset(torch.utils.data.Dataset):
 
     def at(self, noise_level: float, count: int | None = None) -> "NoisyImageDataset":
         """The same images, or the first of them, with noise of another σ, the same everywhere."""
-        noise = replace(self.degradation, noise_level=noise_level, noise_map="uniform")
+        noise, changes = self.degradation, {"noise_level": noise_level, "noise_map": "uniform"}
+        known = isinstance(noise, GaussianNoise)
+        noise = replace(noise, **changes) if known else GaussianNoise(**changes)
         return NoisyImageDataset(self.split[:count], noise, self.stream, self.device)
 
     def __len__(self):
@@ -98,6 +101,7 @@ class NoisyImageDataset(torch.utils.data.Dataset):
     def degraded(self, clean: Tensor, draws: Draws, indices: Tensor) -> tuple[Tensor, ...]:
         """(noisy, clean, labels, σ of every pixel [n, 3, h, w]) of images of these indices."""
         noisy, sigma = self.degradation(clean, draws)
+        clean = clean[:, :3]  # of pairs, which are both in one
         labels = self.split.labels[indices.to(self.device)]
         return noisy, clean, labels, sigma.expand_as(clean)
 
