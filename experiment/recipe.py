@@ -21,7 +21,6 @@ from common.options import (
 from common.user_errors import UserError
 from images.degradations import (
     KINDS,
-    CameraNoise,
     Degradation,
     GaussianNoise,
     PairedNoise,
@@ -137,8 +136,7 @@ class Recipe:
         """The same for pairs, if the source has them: they bring their noise, as it is."""
         if not source.paired:
             return self
-        if not isinstance(self.degradation, GaussianNoise | CameraNoise):
-            task = self.degradation.task
+        if (task := self.degradation.task) != GaussianNoise.task:
             raise UserError(f"{source.name} is for --task denoise, not for {task}; drop --task")
         return replace(self, degradation=PairedNoise(), resize=None, gray_share=0.0)
 

@@ -240,8 +240,8 @@ def has_pairs(folder: Path) -> bool:
 def _load_pairs(folder, parts, seed, crop):
     if not crop:
         raise UserError(
-            f"{folder} holds pairs of photographs, this model or recipe is for thumbnails; take "
-            "one for photographs, such as photo"
+            f"{folder} holds pairs of photographs, and thumbnails are wanted; take a --recipe, or "
+            "a model, for photographs, such as photo"
         )
     splits = {part: _read_pairs(place, max(crop, LEAST_SIDE)) for part, place in parts.items()}
     train = val = None
