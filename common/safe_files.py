@@ -90,12 +90,18 @@ def locked(paths: Iterable[Path | str]) -> Iterator[None]:
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror}; name another") from None
             stack.callback(lock.release)
-            stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
+            stack.callback(remove_held, Path(lock.lock_file))
             for left in path.parent.glob(glob.escape(temporary_prefix(path)) + "*"):
                 if str(left) != lock.lock_file and left.is_file():
                     left.unlink()
             check_writable(path)
         yield
+
+
+def remove_held(lock_file: Path) -> None:
+    """Before its release, after which it may be another run's; Windows lets the release do it."""
+    with contextlib.suppress(PermissionError):
+        lock_file.unlink(missing_ok=True)
 
 
 def write_figure(figure: plt.Figure, path: Path | str, dpi: int = 110) -> None:

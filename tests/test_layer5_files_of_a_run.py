@@ -98,6 +98,21 @@ def test_a_lock_dies_with_its_process(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_that_cannot_be_removed_while_it_is_held_is_released(tmp_path, monkeypatch):
+    """As on Windows."""
+    original = Path.unlink
+
+    def unlink(path, missing_ok=False):
+        if path.name.endswith("lock"):
+            raise PermissionError(13, "it is in use")
+        original(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    for _ in range(2):
+        with locked([tmp_path / "m.pt"]):
+            pass
+
+
 def test_a_lock_removes_its_own_files_alone(tmp_path):
     others = [".m.pt.lock", ".m_x.png.incomplete-1.png", ".m.incomplete-1.pt"]
     for name in others:
