@@ -38,7 +38,6 @@ from experiment.data_parallel import (
     check_shares,
     joined,
     rank,
-    share_of,
     sum_over_processes,
     wait_if,
     world_size,
@@ -224,7 +223,7 @@ def train(
         started, sums, images = time.perf_counter(), torch.zeros(2, device=device), 0
         first = (epoch - 1) * steps_per_epoch
         count = min(steps_per_epoch, (recipe.steps or math.inf) - first)
-        batches = share_of(recipe.batches(train_set, epoch), recipe.batch_size)
+        batches = recipe.batches(train_set, epoch)
         title = f"epoch {epoch}/{recipe.epochs}"
         for number, batch in with_progress(batches, sums, title, first, count, rank() > 0):
             noisy, clean, _ = batch

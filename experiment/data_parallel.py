@@ -1,6 +1,6 @@
 """Data-parallel training under torchrun: every process takes an equal share of each batch.
 
-The last, incomplete one of an epoch is dropped. Without torchrun, all of this does nothing.
+Incomplete ones are left out. Without torchrun, all of this does nothing.
 """
 
 import contextlib
@@ -48,13 +48,6 @@ def wait_if(condition: bool) -> None:
     """Waits, where the condition holds, until all processes do."""
     if condition and world_size() > 1:
         dist.barrier()
-
-
-def share_of(batches: Iterator[tuple[Tensor, ...]], batch_size: int) -> Iterator[list[Tensor]]:
-    """Of every batch, the part that this process takes."""
-    for batch in batches:
-        if world_size() == 1 or len(batch[0]) == batch_size:
-            yield [tensor[rank() :: world_size()] for tensor in batch]
 
 
 def check_shares(batch_size: int, images: int) -> None:

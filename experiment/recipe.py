@@ -19,6 +19,7 @@ from common.options import (
     told_as_options,
 )
 from common.user_errors import UserError
+from experiment.data_parallel import rank, world_size
 from images.degradations import (
     KINDS,
     Degradation,
@@ -141,9 +142,9 @@ class Recipe:
         return replace(self, degradation=PairedNoise(), resize=None, gray_share=0.0)
 
     def batches(self, train_set: NoisyImageDataset, epoch: int) -> Iterator[tuple[Tensor, ...]]:
-        """The (noisy, clean, labels) batches of an epoch."""
+        """The (noisy, clean, labels) batches of an epoch, or of them this process's share."""
         names = ("lossless_share", "flip", "transpose", "crop", "resize", "gray_share")
-        how = {name: getattr(self, name) for name in names}
+        how = {name: getattr(self, name) for name in names} | {"share": (rank(), world_size())}
         return training_batches(train_set, self.batch_size, self.seed, epoch, **how)
 
     def splits(self, source: ImageSource) -> tuple[NoisyImageDataset | None, ...]:

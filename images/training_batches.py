@@ -32,6 +32,7 @@ def training_batches(
     resize: tuple | None = None,
     gray_share: float = 0.0,
     with_sigma: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, ...]]:
     """One epoch of training: (noisy, clean, labels) batches, shuffled, with fresh noise.
 
@@ -48,35 +49,41 @@ def training_batches(
         resize: (low, high) of the factor by which RESIZED of the crops are scaled, log-uniform.
         gray_share: part of the images, by chance, that are made grey.
         with_sigma: yield σ of every pixel, float32 [n, 3, h, w], as the fourth of a batch.
+        share: (number, processes): of the whole batches, every so many-th image from that on; all
+            processes together yield what one would.
 
     Raises a ValueError if there is no image of a kind or size that is asked for.
     """
     if dataset.full_size and not crop:
         raise ValueError("images of sizes that differ need a crop")
+    # A generator of (seed, epoch) gives the numbers of (seed, epoch, 0): the order shares those of
+    # the first step's noise. They mean other things, and shipped models were trained so.
     order = shuffled_order(dataset, generator_of(seed, epoch), lossless_share)
+    number, processes = share
+    own = slice(number, None, processes)
     for step, indices in enumerate(order.split(batch_size)):
+        if processes > 1 and len(indices) < batch_size:
+            continue
+        # Random numbers are drawn for the whole batch, or they would depend on the processes.
         if crop:
             places = generator_of(seed, epoch, step, CROP_STREAM)
-            images = [
-                random_crop(dataset.split.images[i], crop, places, resize) for i in indices.tolist()
-            ]
-            clean = torch.stack(images).to(dataset.device)
+            images = [dataset.split.images[index] for index in indices.tolist()]
+            crops = [random_crop(image, crop, places, resize) for image in images]
+            clean = torch.stack(crops[own]).to(dataset.device)
         else:
-            clean = dataset.split.images[indices.to(dataset.device)]
+            clean = dataset.split.images[indices[own].to(dataset.device)]
         clean = clean.float() / 255
         generator = generator_of(seed, epoch, step, device=dataset.device)
         here = {"generator": generator, "device": dataset.device}
-        normal = torch.randn(clean.shape, **here)
-        uniform = torch.rand(len(clean), dataset.degradation.numbers, **here)
-        if flip:
-            clean = some_of_them(clean, clean.flip(3), **here)
-        if transpose:
-            clean = some_of_them(clean, clean.flip(2), **here)
-            clean = some_of_them(clean, clean.transpose(2, 3), **here)
-        if gray_share:
-            luma = torch.tensordot(clean, torch.tensor(LUMA).to(clean), ([1], [0])).unsqueeze(1)
-            clean = some_of_them(clean, luma.expand_as(clean), gray_share, **here)
-        batch = dataset.degraded(clean, Draws(normal, uniform), indices)
+        normal = torch.randn(len(indices), *clean.shape[1:], **here)[own]
+        uniform = torch.rand(len(indices), dataset.degradation.numbers, **here)[own]
+        changes = [(0.5, lambda x: x.flip(3))] if flip else []
+        changes += [(0.5, lambda x: x.flip(2)), (0.5, lambda x: x.mT)] if transpose else []
+        changes += [(gray_share, as_gray)] if gray_share else []
+        for chance, changed in changes:
+            chosen = torch.rand(len(indices), **here)[own] < chance
+            clean = torch.where(chosen.view(-1, 1, 1, 1), changed(clean), clean)
+        batch = dataset.degraded(clean, Draws(normal, uniform), indices[own])
         yield batch if with_sigma else batch[:3]
 
 
@@ -137,10 +144,10 @@ def shuffled_order(dataset: NoisyImageDataset, generator, lossless_share: float 
     return drawn[torch.randperm(len(drawn), generator=generator)]
 
 
-def some_of_them(images: Tensor, others: Tensor, share: float = 0.5, **generator) -> Tensor:
-    """[n, 3, h, w] twice -> the same: by chance a share of the images are the others."""
-    chosen = torch.rand(len(images), **generator) < share
-    return torch.where(chosen.view(-1, 1, 1, 1), others, images)
+def as_gray(images: Tensor) -> Tensor:
+    """[n, 3, h, w] -> the same with the luma of each pixel in all three colours."""
+    luma = torch.tensordot(images, torch.tensor(LUMA).to(images), ([1], [0]))
+    return luma.unsqueeze(1).expand_as(images)
 
 
 def generator_of(*key: int, device: torch.device | str = "cpu") -> torch.Generator:

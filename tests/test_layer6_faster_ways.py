@@ -19,6 +19,9 @@ from denoising_experiment_proper import Recipe
 from experiment import cuda_graphs, data_parallel
 from experiment.muon import make_optimizer
 from experiment.run_files import RunFiles
+from images.degradations import KINDS, GaussianNoise
+from images.noisy_images import NoisyImageDataset
+from images.training_batches import training_batches
 from small_vit import MODELS, SmallViT
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="of CUDA graphs")
@@ -66,16 +69,31 @@ def test_two_processes_train_as_one_does(call, folder, another_process, tmp_path
             assert row[name] == pytest.approx(expected[name], rel=1e-3)
 
 
-def test_processes_share_every_whole_batch_without_overlap(monkeypatch):
-    batches = [(torch.arange(6), torch.arange(6, 12)), (torch.arange(3), torch.arange(3))]
-    monkeypatch.setattr(data_parallel, "world_size", lambda: 3)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(data_parallel, "rank", lambda rank=rank: rank)
-        ((first, second),) = data_parallel.share_of(batches, 6)  # the incomplete one is dropped
-        assert torch.equal(second, first + 6)
-        shares.append(first)
-    assert torch.cat(shares).sort().values.tolist() == list(range(6))
+@pytest.mark.parametrize("task", KINDS)
+def test_processes_share_every_whole_batch_and_degrade_their_own_images(few, task, monkeypatch):
+    """Together they have bit for bit the batch of one, of which the incomplete one is left out."""
+    noise = GaussianNoise((0.05, 0.4), "regions", jpeg_share=0.5)
+    damage, degraded = noise if task == "denoise" else KINDS[task](), []
+    dataset = NoisyImageDataset(few[0].split[:8], damage)
+    how = {"flip": True, "transpose": True, "crop": 24, "with_sigma": True}
+    one = next(training_batches(dataset, 6, 0, 1, **how))
+    original = dataset.degraded
+    monkeypatch.setattr(
+        dataset, "degraded", lambda x, *a: degraded.append(len(x)) or original(x, *a)
+    )
+    for number in range(3):
+        batches = list(training_batches(dataset, 6, 0, 1, share=(number, 3), **how))
+        assert len(batches) == 1
+        assert all(torch.equal(a, b[number::3]) for a, b in zip(batches[0], one, strict=True))
+    assert degraded == [2, 2, 2]
+
+
+def test_a_recipe_takes_the_share_of_its_process(few, monkeypatch):
+    whole = next(Recipe(batch_size=4).batches(few[0], 1))
+    for name, value in (("rank", 1), ("world_size", 2)):
+        monkeypatch.setattr(f"experiment.recipe.{name}", lambda value=value: value)
+    share = next(Recipe(batch_size=4).batches(few[0], 1))
+    assert all(torch.equal(a, b[1::2]) for a, b in zip(share, whole, strict=True))
 
 
 def test_processes_take_equal_shares_or_none(monkeypatch):
