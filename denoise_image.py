@@ -27,7 +27,6 @@ from common.options import Number
 from common.safe_files import check_writable, write_figure
 from common.user_errors import UserError, printable, reason, run_main
 from experiment import command_line as cli
-from experiment.cuda_graphs import ReplayedModel
 from experiment.tiling import (
     LEAST_PROBE,
     OVERLAP,
@@ -162,7 +161,7 @@ def draw_comparison(before: np.ndarray, after: np.ndarray, name: str) -> Figure:
 def denoise_file(
     path: Path,
     output: Path,
-    model: ReplayedModel,
+    model: SmallViT,
     tile: int = TILE,
     dtype: str = "float32",
     strength: float = 1.0,
@@ -295,7 +294,7 @@ def main():
         print("every output is there already")
         return 0
     device = cli.select_device(args.device, args.threads)
-    model = ReplayedModel(photograph_model(args.checkpoint).to(device))
+    model = photograph_model(args.checkpoint).to(device)
     failed = []
     for path, output in tqdm(outputs.items(), "images", unit="img", leave=False, disable=None):
         try:

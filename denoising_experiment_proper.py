@@ -33,7 +33,7 @@ from experiment.checkpoints import (
     save_run,
     write_checkpoint,
 )
-from experiment.cuda_graphs import ReplayedModel, compiled, replayed
+from experiment.cuda_graphs import compiled, replayed
 from experiment.data_parallel import (
     check_shares,
     joined,
@@ -216,7 +216,7 @@ def train(
     capacity, device = getattr(model, "capacity", None), train_set.device
     steps_per_epoch = train_set.steps_per_epoch(recipe.batch_size)
 
-    validation, replayed_model = validation_batches(val_set, device), ReplayedModel(model)
+    validation = validation_batches(val_set, device)
     for epoch in range(len(history) + 1, recipe.epochs + 1):
         # One pass over the images; losses are summed where they arise
         model.train()
@@ -236,7 +236,7 @@ def train(
         # Validation; the best epoch is kept
         if capacity:
             model.capacity = capacity
-        val_mse = validation_mse(replayed_model, validation)
+        val_mse = validation_mse(model, validation)
         row = {"epoch": epoch, "train_mse": train_mse, "val_mse": val_mse, "balance_loss": balance}
         check_finite(row, best, files)
         history.append(row | {"lr": lr, "seconds": seconds})

@@ -6,6 +6,7 @@ torch.compile, which makes fewer of them, stands here as well.
 
 import contextlib
 import logging
+import weakref
 
 import torch
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from experiment.data_parallel import world_size
 
 WARM_UP_STEPS = 3  # in which libraries set themselves up, which cannot be recorded
 MOST_SHAPES = 4  # of batches whose passes are kept; each holds the memory of one
+PASSES = weakref.WeakKeyDictionary()  # {model: (where its weights lie, the passes there)}
 
 
 def replayed(step, optimizer):
@@ -84,18 +86,17 @@ class ReplayedModel:
 
     A pass is recorded when a shape of batches comes for the second time, in one dtype and with one
     capacity of the model; of MOST_SHAPES the one that was longest unused is dropped. What cannot be
-    recorded is left to the model, which has to be in evaluation mode. Weights may be changed in
-    place between passes, but not replaced.
+    recorded is left to the model, which has to be in evaluation mode. What is recorded stays with
+    the model, for all that replay it, until its weights move; in place they may change at any time.
     """
 
     def __init__(self, model):
         self.model = model
+        place = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+        if PASSES.get(model, [None])[0] != place:
+            PASSES[model] = place, {}
         # By shape, dtype and capacity: the recorded one, None before, False if it fails
-        self.passes = {}
-
-    def eval(self):
-        self.model.eval()
-        return self
+        self.passes = PASSES[model][1]
 
     def __call__(self, noisy):
         """As the model itself; the results are the caller's."""

@@ -15,7 +15,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiment.cuda_graphs import ReplayedModel
 from experiment.tiling import restore_any_size
 from images.noisy_images import NoisyImageDataset
 
@@ -91,7 +90,7 @@ def validation_batches(dataset: NoisyImageDataset, device: torch.device) -> list
     return [(noisy.to(device), clean.to(device)) for noisy, clean, _ in batches]
 
 
-def validation_mse(model: nn.Module | ReplayedModel, batches: list[tuple]) -> float:
+def validation_mse(model: nn.Module, batches: list[tuple]) -> float:
     """Mean over the images of each one's mean squared error; of `validation_batches` on the device
     of the model, which is left in evaluation mode.
     """
@@ -108,11 +107,11 @@ def evaluate(model: nn.Module, dataset: NoisyImageDataset) -> Evaluation:
     """Denoises a whole dataset and measures every image; the model is left in evaluation mode."""
     device, squared_error, scores, load = next(model.parameters()).device, 0.0, [], 0.0
     routed = 0  # images; none of those that are restored in tiles
-    replayed_model = ReplayedModel(model).eval()
+    model.eval()
     with tqdm(total=len(dataset), desc="testing", unit="img", leave=False, disable=None) as bar:
         for noisy, clean, _ in eval_batches(dataset, device):
             with torch.inference_mode():
-                restored, routings = restore_any_size(replayed_model, noisy.to(device))
+                restored, routings = restore_any_size(model, noisy.to(device))
             restored = restored.cpu()
             squared_error += F.mse_loss(restored, clean).item() * len(clean)
             images = (noisy[:, :3].numpy(), restored.numpy(), clean.numpy())

@@ -36,7 +36,7 @@ def denoise(
 
     Args:
         model: SmallViT, or another denoiser of images [B, 3, h, w] in [0, 1]; it is left in
-            evaluation mode. A ReplayedModel of it keeps what it recorded for the next image.
+            evaluation mode.
         image: array [h, w, 3] or, grey, [h, w] or [h, w, 1]; uint8, uint16, or float32 in [0, 1]
             (noise may lead out of it). The result has its shape and dtype. Three equal channels
             are a grey image, and stay equal.
@@ -60,14 +60,13 @@ def denoise(
     if all(np.array_equal(pixels[:, :, 0], pixels[:, :, c]) for c in range(1, pixels.shape[2])):
         pixels = np.ascontiguousarray(pixels[:, :, :1])
     sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
-    replayed = (model if isinstance(model, ReplayedModel) else ReplayedModel(model)).eval()
-    restored = in_overlapping_tiles(replayed, pixels, tile, overlap, dtype, strength, sigma)
+    restored = in_overlapping_tiles(model.eval(), pixels, tile, overlap, dtype, strength, sigma)
     channels = image.size // restored[..., 0].size  # three where they were equal
     return restored.repeat(channels // restored.shape[2], axis=2).reshape(image.shape)
 
 
 def in_overlapping_tiles(
-    replayed: ReplayedModel,
+    model: nn.Module,
     pixels: np.ndarray,
     tile: int = TILE,
     overlap: int = OVERLAP,
@@ -76,6 +75,7 @@ def in_overlapping_tiles(
     sigma: float = 0.0,
 ) -> np.ndarray:
     """As `denoise`, of [h, w, C] that is known to be right; sigma is the noise of a grey image."""
+    replayed = ReplayedModel(model)
     rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
     restored, unfinished = np.empty_like(pixels), torch.zeros(0, *pixels.shape[1:])
     bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None)
@@ -94,20 +94,16 @@ def in_overlapping_tiles(
     return restored
 
 
-def restore_any_size(
-    replayed: nn.Module | ReplayedModel, noisy: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+def restore_any_size(model: nn.Module, noisy: Tensor) -> tuple[Tensor, list[Tensor]]:
     """What the model makes of images [B, 3, h, w]; of one beyond MOST_WHOLE pixels in tiles.
 
     A whole photograph of 12 megapixels would take hours. In tiles there are no routings.
     """
-    model = replayed.model if isinstance(replayed, ReplayedModel) else replayed
-    small = noisy.shape[2] * noisy.shape[3] <= MOST_WHOLE
-    if small or noisy.shape[1] != 3 or isinstance(model, Tiled):
-        return replayed(noisy)
-    # What was recorded for a tile serves the next image, too.
-    replayed = replayed if replayed is not model else ReplayedModel(model)
-    image = in_overlapping_tiles(replayed, noisy[0].permute(1, 2, 0).cpu().numpy())
+    if isinstance(model, Tiled):  # whose tiles are replayed; the whole waits for the CPU
+        return model(noisy)
+    if noisy.shape[2] * noisy.shape[3] <= MOST_WHOLE or noisy.shape[1] != 3:
+        return ReplayedModel(model)(noisy)
+    image = in_overlapping_tiles(model, noisy[0].permute(1, 2, 0).cpu().numpy())
     return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0).to(noisy.device), []
 
 
@@ -116,11 +112,11 @@ class Tiled(nn.Module):
 
     def __init__(self, model, tile):
         super().__init__()
-        self.model, self.replayed, self.tile = model, ReplayedModel(model), tile
+        self.model, self.tile = model, tile
 
     def forward(self, noisy):
         """As the model's, without routings.  [1, 3, h, w] -> [1, 3, h, w], on the CPU."""
-        image = denoise(self.replayed, noisy[0].permute(1, 2, 0).cpu().numpy(), self.tile)
+        image = denoise(self.model, noisy[0].permute(1, 2, 0).cpu().numpy(), self.tile)
         return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0), []
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from experiment.command_line import autocast
-from experiment.cuda_graphs import ReplayedModel
 from experiment.evaluation import psnr
 from experiment.reports import print_head, print_row
 from experiment.tiling import TILE, denoise
@@ -102,7 +101,7 @@ def noisy_photograph(name: str, size: tuple = (None, None)) -> tuple[np.ndarray,
 def measure_photograph(effort, device: torch.device) -> list[dict]:
     """Denoising a photograph, in tiles and as one, by untrained models: a dict for each."""
     noisy, _ = noisy_photograph("astronaut", PHOTOGRAPH)
-    models = {name: ReplayedModel(make().to(device)) for name, make in DENOISERS.items()}
+    models = {name: make().to(device) for name, make in DENOISERS.items()}
     functions = {
         (name, tile): partial(denoise, model, noisy, tile, dtype=effort.dtype)
         for tile in (TILE, max(PHOTOGRAPH))

@@ -2,12 +2,15 @@
 
 import contextlib
 import copy
+import gc
 import socket
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,9 +20,12 @@ from common.user_errors import UserError
 from conftest import filled, load_history, run_here, same_weights, train_few
 from denoising_experiment_proper import Recipe
 from experiment import cuda_graphs, data_parallel
+from experiment.evaluation import evaluate
 from experiment.muon import make_optimizer
 from experiment.run_files import RunFiles
+from experiment.tiling import Tiled, denoise, restore_any_size
 from images.degradations import KINDS, GaussianNoise
+from images.image_sources import Split
 from images.noisy_images import NoisyImageDataset
 from images.training_batches import training_batches
 from small_vit import MODELS, SmallViT
@@ -266,3 +272,54 @@ def test_replayed_passes_are_those_of_the_model(vit):
             with torch.no_grad():
                 model.patch_embed.weight.mul_(0.9)  # as training changes it
     assert all(passes.passes.values()) and len(passes.passes) == 3
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Tensors say that they are on a GPU; a recording is counted, and its replay is the model."""
+    recorded = []
+
+    def record(passes, noisy):
+        recorded.append(noisy.shape)
+        held = noisy.clone()
+        return SimpleNamespace(replay=lambda: None), held, passes.model(held)
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(cuda_graphs.ReplayedModel, "_record", record)
+    return recorded
+
+
+class Same(torch.nn.Module):
+    """A denoiser that changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, noisy):
+        return noisy, []
+
+
+def test_what_is_recorded_stays_with_the_model_until_its_weights_move(recordings):
+    image, model = np.zeros((40, 40, 3), np.uint8), Same()
+    for _ in range(3):
+        denoise(model, image)
+    assert len(recordings) == 1  # not in the first pass, and not again
+    model.weight.data = torch.zeros(1)
+    for _ in range(2):
+        denoise(model, image)
+    assert len(recordings) == 2
+    kept = len(cuda_graphs.PASSES)
+    del model
+    gc.collect()
+    assert len(cuda_graphs.PASSES) == kept - 1
+
+
+def test_a_model_in_tiles_is_recorded_by_tiles(recordings):
+    model = Tiled(Same(), 48)
+    for _ in range(3):
+        restore_any_size(model, torch.rand(1, 3, 80, 80))
+    images = torch.zeros(2, 3, 80, 80, dtype=torch.uint8)
+    split = Split(list(images), torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool))
+    evaluate(model, NoisyImageDataset(split))
+    assert set(recordings) == {(1, 3, 48, 48)}

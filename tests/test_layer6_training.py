@@ -84,8 +84,8 @@ def test_the_best_epoch_is_kept_and_tested(call, folder, monkeypatch):
     """Not the last one: validation finds 0.03, 0.01 and 0.02."""
     errors, snapshots = iter([0.03, 0.01, 0.02]), []
 
-    def validation_mse(passes, _):
-        snapshots.append(copy.deepcopy(passes.model.state_dict()))
+    def validation_mse(model, _):
+        snapshots.append(copy.deepcopy(model.state_dict()))
         return next(errors)
 
     monkeypatch.setattr(experiment, "validation_mse", validation_mse)
