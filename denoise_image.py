@@ -5,7 +5,7 @@
 
 It removes noise of any strength up to σ = 0.3 that was independent from pixel to pixel before the
 file was written, also as JPEG with colours at half resolution of quality 75 or more. In Python:
-`denoise(load_model("photo"), array)`.
+`denoise(load_model("photo"), "photo.jpg")`.
 """
 
 import glob
@@ -35,6 +35,7 @@ from experiment.tiling import (
     as_float,
     center_crop,
     denoise,
+    denoise_photo,
     noise_at_sizes,
 )
 from images.photo_files import (
@@ -42,11 +43,12 @@ from images.photo_files import (
     WRITTEN,
     check_format,
     read_photo,
-    without_hidden,
     write_photo,
 )
 from images.photo_tags import Tags
 from small_vit import SHIPPED, SmallViT, load_model
+
+__all__ = ["denoise", "load_model"]  # what Python scripts take from here
 
 NOTICEABLE = 0.02  # σ of noise that is told of where most of it stays
 SUFFIX, COMPARED = "_denoised", "_compare"  # ends of the names that are written
@@ -179,13 +181,10 @@ def denoise_file(
     except (MemoryError, RuntimeError) as error:  # the decoder's, which end no other file
         raise ValueError(reason(error)) from None
     check_format(photo, output)  # before minutes go by
-    hidden = photo.alpha is not None and bool((photo.alpha == 0).any())
-    shown = without_hidden(photo) if hidden else photo.pixels
-    pixels = denoise(model, shown, tile, dtype=dtype, strength=strength)
-    if hidden:
-        pixels = np.where(photo.alpha > 0, pixels, photo.pixels)
-    tags = Tags(png_chunks=photo.tags.png_chunks) if strip else photo.tags
-    write_photo(replace(photo, pixels=pixels, tags=tags), output)
+    restored = denoise_photo(model, photo, tile=tile, dtype=dtype, strength=strength)
+    pixels, tags = restored.pixels, photo.tags
+    tags = Tags(png_chunks=tags.png_chunks) if strip else tags
+    write_photo(replace(restored, tags=tags), output)
     seconds = time.perf_counter() - started
     if compare:
         figure = draw_comparison(photo.pixels, pixels, path.name)

@@ -1,7 +1,9 @@
 """Denoising an image of any size in overlapping tiles: memory grows with a tile, not the image."""
 
 import math
+import os
 import warnings
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -10,8 +12,10 @@ from skimage.restoration import estimate_sigma
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.user_errors import reason
 from experiment.command_line import autocast
 from experiment.cuda_graphs import ReplayedModel
+from images.photo_files import Photo, read_photo, without_hidden
 from layers.conv_stages import reflected
 
 TILE, OVERLAP = 128, 16  # pixels; best and fastest in the table of `benchmark.py --rows tiles`
@@ -23,27 +27,37 @@ MOST_WHOLE = 2**19  # pixels of an image that training and tests restore as one
 
 def denoise(
     model: nn.Module,
-    image: np.ndarray,
+    image: np.ndarray | str | os.PathLike,
     tile: int = TILE,
     overlap: int = OVERLAP,
     dtype: str = "float32",
     strength: float = 1.0,
 ) -> np.ndarray:
-    """Denoises an image; a ValueError if it or an argument is not as described.
+    """Denoises an array or a file; a ValueError if it or an argument is not as described.
 
     An image that fits into a tile is restored as a whole. Otherwise tiles of equal size overlap by
     `overlap` pixels at least, where each fades into the next.
 
     Args:
-        model: SmallViT, or another denoiser of images [B, 3, h, w] in [0, 1]; it is left in
-            evaluation mode.
+        model: SmallViT, or another denoiser of images [B, 3, h, w] in [0, 1], of float32; it is
+            left in evaluation mode.
         image: array [h, w, 3] or, grey, [h, w] or [h, w, 1]; uint8, uint16, or float32 in [0, 1]
             (noise may lead out of it). The result has its shape and dtype. Three equal channels
-            are a grey image, and stay equal.
+            are a grey image, and stay equal. Of a file, which is read as denoise_image.py does, the
+            result is as Pillow has it: upright, uint8 or uint16, [h, w] or [h, w, 3], and with its
+            alpha, which stays, [h, w, 2] or [h, w, 4].
         tile, overlap: side of the tiles and overlap of two of them, which is below it, pixels.
         dtype: name of that of matrix products; bfloat16 runs them under autocast.
         strength: 1 gives the restored image, 0 the input, what is between a mixture.
     """
+    if isinstance(image, str | os.PathLike):
+        try:
+            photo = read_photo(image)
+        except Exception as error:  # decoders have their own
+            raise ValueError(f"{image}: {reason(error)}") from None
+        how = {"tile": tile, "overlap": overlap, "dtype": dtype, "strength": strength}
+        array = denoise_photo(model, photo, **how).array()
+        return array[:, :, 0] if array.shape[2] == 1 else array
     image = np.asarray(image)
     if image.dtype not in (np.uint8, np.uint16, np.float32) or not image.size:
         wanted = "expected pixels of uint8, uint16 or float32"
@@ -55,6 +69,8 @@ def denoise(
     if dtype not in ("float32", "bfloat16") or not 0 <= strength <= 1:
         wanted = "dtype must be float32 or bfloat16 and strength in 0 … 1"
         raise ValueError(f"{wanted}, got dtype={dtype!r}, strength={strength!r}")
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise ValueError('the model must be float32; for faster products give dtype="bfloat16"')
     pixels = image.reshape(*image.shape[:2], -1)
     check_range(pixels)
     if all(np.array_equal(pixels[:, :, 0], pixels[:, :, c]) for c in range(1, pixels.shape[2])):
@@ -63,6 +79,15 @@ def denoise(
     restored = in_overlapping_tiles(model.eval(), pixels, tile, overlap, dtype, strength, sigma)
     channels = image.size // restored[..., 0].size  # three where they were equal
     return restored.repeat(channels // restored.shape[2], axis=2).reshape(image.shape)
+
+
+def denoise_photo(model: nn.Module, photo: Photo, **how) -> Photo:
+    """As `denoise`, of what a file holds; colours that alpha 0 hides stay as they are."""
+    hidden = photo.alpha is not None and bool((photo.alpha == 0).any())
+    pixels = denoise(model, without_hidden(photo) if hidden else photo.pixels, **how)
+    if hidden:
+        pixels = np.where(photo.alpha > 0, pixels, photo.pixels)
+    return replace(photo, pixels=pixels)
 
 
 def in_overlapping_tiles(

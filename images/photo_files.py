@@ -42,6 +42,12 @@ class Photo:
     frames: int = 1  # of the file, or pages, of which it is the first
     tags: Tags = field(default_factory=Tags)
 
+    def array(self) -> np.ndarray:
+        """The pixels and, where there is one, alpha: [h, w, 1 to 4]."""
+        if self.alpha is None:
+            return self.pixels
+        return np.concatenate([self.pixels, self.alpha], axis=2)
+
 
 def read_photo(path: Path | str) -> Photo:
     """Reads an image file of FORMATS; palettes, CMYK and other colours become RGB.
@@ -232,10 +238,8 @@ def check_format(photo: Photo, path: Path) -> None:
 def write_photo(photo: Photo, path: Path) -> None:
     """Writes a Photo in the format that the file's name asks for, or raises a UserError."""
     check_format(photo, path)
-    array, profile, suffix = photo.pixels, photo.icc_profile, path.suffix.lower()
-    deep, grey = array.dtype == np.uint16, array.shape[2] == 1
-    if photo.alpha is not None:
-        array = np.concatenate([array, photo.alpha], axis=2)
+    array, profile, suffix = photo.array(), photo.icc_profile, path.suffix.lower()
+    deep, grey = array.dtype == np.uint16, array.shape[2] < 3
     tiff = suffix in (".tif", ".tiff")
     # WebP has no grey, and Pillow reads no TIFF of 16 bits that is grey with alpha: as colours,
     # to which a profile of grey does not belong.

@@ -173,7 +173,7 @@ def test_what_a_format_cannot_hold_is_said_before_minutes_go_by(
     tmp_path, monkeypatch, channels, dtype, output, words
 ):
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((20, 20, channels), dtype))
-    monkeypatch.setattr(denoise_image, "denoise", None)
+    monkeypatch.setattr(denoise_image, "denoise_photo", None)
     with pytest.raises(UserError, match=words):
         denoise_image.denoise_file(tmp_path / "a.png", tmp_path / output, None)
 

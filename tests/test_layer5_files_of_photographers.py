@@ -57,6 +57,30 @@ def test_noise_beyond_the_range_is_as_in_a_file_for_a_model_of_files(photo_model
     assert abs(difference) < 0.7
 
 
+def test_a_file_is_denoised_as_the_command_does_it(photo_model, call):
+    """Upright, with alpha and what it hides, grey, of 16 bits; an array that Pillow takes."""
+    noisy = np.random.default_rng(0).integers(0, 256, (24, 40, 4), dtype=np.uint8)
+    noisy[:9, :9, 3] = 0
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(noisy).save("a.png", exif=turned)
+    Image.fromarray(noisy[..., 0].astype(np.uint16) * 257).save("b.png")
+    for name, shape in (("a", (40, 24, 4)), ("b", (24, 40))):
+        restored = denoise(photo_model, Path(f"{name}.png"))
+        assert restored.shape == shape
+        assert call(denoise_image, f"{name}.png").returncode == 0
+        written = read_photo(f"{name}_denoised.png").array()
+        assert np.array_equal(restored, written.reshape(shape))
+    with pytest.raises(ValueError, match=r"^missing.png: no file"):
+        denoise(photo_model, "missing.png")
+
+
+def test_a_model_of_another_dtype_is_refused():
+    for model in (load_model("photo").half(), load_model("photo").double()):
+        with pytest.raises(ValueError, match=r"must be float32; .*bfloat16"):
+            denoise(model, np.zeros((8, 8, 3), np.uint8))
+
+
 @pytest.mark.parametrize("side", [1, 3, 8, 50])
 def test_arrays_of_another_range_are_refused_and_strong_noise_is_not(photo_model, side):
     generator = np.random.default_rng(0)
@@ -180,7 +204,7 @@ def test_what_cannot_be_written_is_said_before_the_work(call, monkeypatch):
         raise AssertionError("denoised before the output was checked")
 
     small_images("x/a.png")
-    monkeypatch.setattr(denoise_image, "denoise", refuse)
+    monkeypatch.setattr(denoise_image, "denoise_photo", refuse)
     assert_refused(call(denoise_image, "x/a.png", "--output", f"{250 * 'n'}.png"), "cannot write")
 
 
