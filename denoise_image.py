@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from common.options import Number
 from common.safe_files import check_writable, write_figure
-from common.user_errors import UserError, printable, reason, run_main
+from common.user_errors import UserError, counted, printable, reason, run_main
 from experiment import command_line as cli
 from experiment.tiling import (
     LEAST_PROBE,
@@ -38,6 +38,7 @@ from experiment.tiling import (
     denoise_photo,
     noise_at_sizes,
 )
+from images.image_sources import list_images
 from images.photo_files import (
     FORMATS,
     WRITTEN,
@@ -54,32 +55,40 @@ NOTICEABLE = 0.02  # σ of noise that is told of where most of it stays
 SUFFIX, COMPARED = "_denoised", "_compare"  # ends of the names that are written
 
 
-def find_images(names: Iterable[str]) -> list[Path]:
-    """Paths of the images that file names, folders and wildcards stand for, in their order.
+def find_images(names: Iterable[str], recursive: bool = False) -> dict[Path, Path]:
+    """{image: its folder, as seen from the one that was named}, of file names, folders, wildcards.
 
     Raises:
         UserError: one of them stands for none.
     """
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = {}
     for name in names:
-        paths = [name] if os.path.exists(name) else matches(name)
-        if os.path.isdir(name):
-            try:
-                paths = sorted(path for path in Path(name).iterdir() if path.is_file())
-            except OSError as error:
-                raise UserError(f"cannot read {name}: {error.strerror}") from None
-            paths = [path for path in paths if not path.stem.endswith((SUFFIX, SUFFIX + COMPARED))]
-            paths = [path for path in paths if not path.name.startswith(".")]
-            others = [path for path in paths if path.suffix.lower() not in known]
-            if others:
-                kinds = ", ".join(sorted({path.suffix or path.name for path in others}))
-                print(printable(f"passed over {len(others)} files in {name}: {kinds}"))
-            paths = [path for path in paths if path.suffix.lower() in known]
-        if not paths:
+        images = {}
+        for place in map(Path, [name] if os.path.exists(name) else matches(name)):
+            images |= images_of(place, recursive) if place.is_dir() else {place: Path()}
+        if not images:
             raise UserError(f"{name}: no image there; name image files, folders or wildcards")
-        found |= dict.fromkeys(map(Path, paths))
-    return list(found)
+        found |= images
+    return found
+
+
+def images_of(folder: Path, recursive: bool) -> dict[Path, Path]:
+    """The same, of the images of a folder; says what it passes over."""
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    files = [path for path in list_images(folder, strict=recursive) if path.is_file()]
+    files = [path for path in files if not path.stem.endswith((SUFFIX, SUFFIX + COMPARED))]
+    images = [path for path in files if path.suffix.lower() in known]
+    if not recursive:
+        below = [path for path in images if path.parent != folder]
+        files, images = ([p for p in paths if p.parent == folder] for paths in (files, images))
+        if below:
+            told = f"passed over {counted(len(below), 'image')} in subfolders of {folder}"
+            print(printable(f"{told}: --recursive takes them"))
+    others = [path.suffix or path.name for path in files if path.suffix.lower() not in known]
+    if others:
+        kinds = ", ".join(sorted(set(others)))
+        print(printable(f"passed over {counted(len(others), 'file')} in {folder}: {kinds}"))
+    return {path: path.parent.relative_to(folder) for path in images}
 
 
 def matches(pattern: str) -> list[str]:
@@ -94,8 +103,28 @@ def comparison_of(output: Path) -> Path:
     return output.with_name(f"{output.stem}{COMPARED}.png")
 
 
+def distinct_names(places: dict[Path, Path]) -> dict[Path, str]:
+    """{image: its name without suffix}, or with it where that would not do, for images that are
+    written to these folders; they differ also for a file system that ignores case.
+    """
+
+    def key(path, name):
+        return str(places[path] / name).casefold()
+
+    stems, names, taken = Counter(key(path, path.stem) for path in places), {}, {}
+    for path, place in places.items():
+        name = path.stem
+        if stems[key(path, name)] > 1:  # a.jpg beside a.tif
+            name = path.name.replace(".", "_")
+        # A.jpg beside a.JPG; x/a.jpg and y/a.jpg in one folder stay the same, which is refused
+        while taken.setdefault(key(path, name), place / path.name) != place / path.name:
+            name += "_"
+        names[path] = name
+    return names
+
+
 def choose_outputs(
-    paths: list[Path],
+    images: dict[Path, Path],
     output: str | None,
     overwrite: bool,
     compare: bool = False,
@@ -103,43 +132,48 @@ def choose_outputs(
 ) -> dict[Path, Path]:
     """{input: output}; by default the input's name with _denoised.png, beside it.
 
+    Args:
+        images: of `find_images`; folders below the one that was named are there below `output`.
+
     Raises:
         UserError: an output, or its comparison, is there already, is an input, would be written
             twice, or cannot be written.
     """
-    is_folder = output and (os.path.isdir(output) or output.endswith(os.sep))
+    is_folder = output and (os.path.isdir(output) or output.endswith(("/", os.sep)))
     is_file = output and not is_folder and Path(output).suffix.lower() in WRITTEN
-    folder = is_folder or (output and not is_file and (len(paths) > 1 or not Path(output).suffix))
-    if len(paths) > 1 and (is_file or (folder and os.path.isfile(output))):
-        raise UserError(f"--output {output}: name a folder for {len(paths)} images")
+    folder = is_folder or (output and not is_file and (len(images) > 1 or not Path(output).suffix))
+    if len(images) > 1 and (is_file or (folder and os.path.isfile(output))):
+        raise UserError(f"--output {output}: name a folder for {len(images)} images")
     if output and not folder and not is_file:
         kinds = f"a file of {', '.join(WRITTEN)}"
         raise UserError(f"--output {output}: name {kinds}, or a folder, with {os.sep} at its end")
-    inputs, written = set(map(os.path.realpath, paths)), {}
-    stems, chosen = Counter((folder or path.parent, path.stem) for path in paths), {}
-    for path in paths:
-        alone = stems[folder or path.parent, path.stem] == 1
-        name = path.stem if alone else path.name.replace(".", "_")  # a.jpg beside a.tif
-        new = path.with_name(f"{name}{SUFFIX}.png")
-        if output:
-            new = Path(output) / new.name if folder else Path(output)
+
+    def real(path):  # two files are told apart as by a file system that ignores case
+        return os.path.realpath(path).casefold()
+
+    places = {p: Path(output) / below if folder else p.parent for p, below in images.items()}
+    inputs, written, chosen = set(map(real, images)), {}, {}
+    for path, name in distinct_names(places).items():
+        new = places[path] / f"{name}{SUFFIX}.png"
+        if output and not folder:
+            new = Path(output)
         if skip_existing and os.path.lexists(new):
             continue
         for file in (new, comparison_of(new)) if compare else (new,):
-            place = os.path.realpath(file)
+            place = real(file)
             if place in written:
                 raise UserError(f"{file} would be written twice; name the images one by one")
             if os.path.lexists(file) and not overwrite:
                 raise UserError(f"{file} is there already; give --skip-existing or --overwrite")
-            if place in inputs and (file != new or place != os.path.realpath(path)):
+            if place in inputs and (file != new or place != real(path)):
                 raise UserError(f"{file} is an image to read and would be replaced; leave it out")
             written[place] = file
         chosen[path] = new
-    if folder:
-        try:
-            os.makedirs(output, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {output}: {error.strerror}; name another") from None
+    try:
+        for place in {new.parent for new in chosen.values() if folder}:
+            os.makedirs(place, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; name another") from None
     for file in written.values():
         check_writable(file)  # before minutes go by
     return chosen
@@ -250,6 +284,8 @@ def parse_args():
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or wildcards")
     cli.add_checkpoint(parser, SHIPPED / "photo.pt")
     cli.add_computation(parser, dtype=True)
+    what = "take the images of subfolders, too, which --output then has as well (default: no)"
+    parser.add_argument("--recursive", action="store_true", help=what)
     group = parser.add_argument_group("output")
     group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")
     what = "replace what is there already (default: no)"
@@ -288,7 +324,7 @@ def main():
     args = parse_args()
     Image.MAX_IMAGE_PIXELS = int(args.max_megapixels * 1e6 / 2)  # Pillow refuses twice as much
     how = (args.output, args.overwrite, args.compare, args.skip_existing)
-    outputs = choose_outputs(find_images(args.images), *how)
+    outputs = choose_outputs(find_images(args.images, args.recursive), *how)
     if not outputs:
         print("every output is there already")
         return 0

@@ -52,6 +52,11 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 image", "1,017 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def reason(error):
     """Why a file could not be read, in words: decoders have exceptions for every kind of damage."""
     puzzling = isinstance(error, LookupError | TypeError | AttributeError | ArithmeticError)

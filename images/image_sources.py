@@ -185,11 +185,15 @@ def _split(images, labels, lossless, crop):
     return Split(images, torch.tensor(labels), torch.as_tensor(lossless))
 
 
-def list_images(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, links followed, hidden ones left out; or a UserError."""
+def list_images(folder: Path, strict: bool = True) -> list[Path]:
+    """All files below a folder, sorted, links followed, hidden ones left out.
+
+    Raises a UserError if it, or, where that is strict, a folder below it, cannot be read.
+    """
 
     def refuse(error):
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+        if strict or error.filename == str(folder):
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
 
     found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):

@@ -1,6 +1,7 @@
 """Layer 5, what photographers hand in: grey, hidden colours, raw files, and what they are told."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ def test_noise_is_estimated_at_half_and_quarter_size():
 
 def small_images(*names):
     for name in names:
-        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20)).save(name)
 
 
@@ -172,6 +173,55 @@ def test_files_that_are_passed_over_are_named(call):
     process = call(denoise_image, "trip", "--output", "clean")  # one image, and still a folder
     assert "passed over 3 files in trip: .CR9, .txt" in process.stdout
     assert Path("clean/a_denoised.png").is_file()
+
+
+def test_subfolders_are_told_of_or_taken_with_their_structure(call):
+    small_images("trip/a.png", "trip/day/a.png", "trip/day/2/b.png", "trip/day/b_denoised.png")
+    for name in ("trip/day/b_denoised_compare.png", "trip/.trash/c.png"):
+        small_images(name)
+    process = call(denoise_image, "trip", "--output", "clean/")
+    assert process.returncode == 0, process.stderr
+    assert "passed over 2 images in subfolders of trip: --recursive" in process.stdout
+    options = ("--recursive", "--skip-existing")
+    process = call(denoise_image, "trip", "--output", "clean/", *options)
+    assert process.returncode == 0 and "passed over" not in process.stdout, process.stderr
+    written = {str(path.relative_to("clean")) for path in Path("clean").rglob("*.png")}
+    assert written == {"a_denoised.png", "day/a_denoised.png", "day/2/b_denoised.png"}
+    assert call(denoise_image, "tri*", "--recursive").returncode == 0  # a wildcard of a folder
+    assert Path("trip/day/2/b_denoised.png").is_file()
+    assert "1 image in" in call(denoise_image, "trip/day", "--output", "c/").stdout
+
+
+def test_a_subfolder_that_cannot_be_read_stops_only_who_asks_for_it(call, monkeypatch):
+    small_images("trip/a.png", "trip/day/b.png")
+    original = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("day"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert_refused(call(denoise_image, "trip", "--recursive"), "cannot read trip/day: Permission")
+    assert_refused(call(denoise_image, "trip/day"), "cannot read trip/day: Permission")
+    assert call(denoise_image, "trip").returncode == 0
+
+
+@pytest.mark.parametrize("names", [("A.jpg", "a.JPG", "a.tif", "b.png"), ("D/a.png", "d/a.png")])
+def test_outputs_differ_also_where_a_file_system_ignores_case(tmp_path, names):
+    small_images(*(tmp_path / name for name in names))
+    images = denoise_image.find_images([str(tmp_path)], recursive=True)
+    for output in (None, f"{tmp_path}/clean/"):
+        chosen = denoise_image.choose_outputs(images, output, False)
+        assert len({str(new).casefold() for new in chosen.values()}) == len(names)
+    if "b.png" in names:
+        assert chosen[tmp_path / "b.png"].name == "b_denoised.png"
+
+
+def test_no_image_is_replaced_where_a_file_system_ignores_case(tmp_path):
+    images = {tmp_path / name: Path() for name in ("a.png", "A_Denoised.PNG")}
+    with pytest.raises(UserError, match="is an image to read and would"):
+        denoise_image.choose_outputs(images, None, True)
 
 
 def test_a_folder_goes_on_where_it_stopped(call):
