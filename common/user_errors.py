@@ -64,6 +64,12 @@ def reason(error):
     return told or f"damaged, or larger than the memory ({type(error).__name__})"
 
 
+def exhausted(error):
+    """Whether it says that there is not enough memory; torch has a class for a GPU's alone."""
+    of_its_own = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return of_its_own or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
+
 def run_main(main):
     """Runs a script's main() and exits with the code that it returns.
 
@@ -81,9 +87,8 @@ def run_main(main):
         except KeyboardInterrupt as interrupt:
             print(interrupt.args[0] if interrupt.args else "interrupted", file=sys.stderr)
             code = 130
-        except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory alone
-            exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not exhausted and "allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not exhausted(error):
                 raise
             told = (
                 "there is not enough memory; give it less at once: fewer or smaller images, a "

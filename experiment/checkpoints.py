@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from common.options import BadOption, Number
 from common.safe_files import csv_text, replace_when_complete, write_text
-from common.user_errors import Diverged, UserError
+from common.user_errors import Diverged, UserError, exhausted
 from experiment.data_parallel import rank
 from experiment.muon import state_shapes
 from experiment.recipe import Recipe
@@ -156,10 +157,11 @@ def load(path: str | Path) -> Any:
         if not damaged:
             content = torch.load(path, map_location="cpu", weights_only=True)
             return without_hooks(content) if isinstance(content, dict) else content
-    except PermissionError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception:  # the unpickler has its own for every kind of damage
-        pass
+    except Exception as error:  # the unpickler has its own for every kind of damage
+        if exhausted(error):
+            raise
+        if isinstance(error, OSError) and error.errno not in (None, EINVAL):  # of a wrong offset
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
     raise UserError(
         f"{path} is damaged, of another kind, or holds more than tensors and plain values, which "
         f"could run code; {ADVICE}"

@@ -83,7 +83,9 @@ def read_study(path: Path) -> tuple[dict, list[dict]]:
                 require(point, POINT, path)
             if row["points"] and row["train_seconds"] is None:
                 raise ValueError("figures are missing")
-    except (OSError, ValueError, RecursionError, UserError):
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError, UserError):
         raise UserError(f"{path} is no result of ablation_study.py; name another file") from None
     return study["recipe"], study["rows"]
 

@@ -169,6 +169,8 @@ def test_other_json_files_are_no_study(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
     with pytest.raises(UserError, match=f"s.json is {NO_STUDY}"):
         study_results.read_study(tmp_path / "s.json")
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+        study_results.read_study(tmp_path)
 
 
 def test_ablation_study_does_not_touch_other_files(study):

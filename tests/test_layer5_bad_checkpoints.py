@@ -77,6 +77,28 @@ def test_bad_files_are_refused(trained, tmp_path, monkeypatch, make, words):
 
 
 @pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(5, "Input/output error"), "cannot read .*model.pt: Input/output error"),
+        (FileNotFoundError(2, "No such file or directory"), "cannot read .*model.pt: No such file"),
+        (MemoryError(), None),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), None),
+        (RuntimeError("of the decoder"), "model.pt is damaged"),
+    ],
+    ids=repr,
+)
+def test_what_is_no_damage_is_not_called_so(trained, monkeypatch, error, words):
+    """For lack of memory there is a sentence elsewhere."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(UserError if words else type(error), match=words):
+        load_model(trained.path / "model.pt")
+
+
+@pytest.mark.parametrize(
     "script",
     [compare_baselines, debug_evaluation, denoise_image, visualize_proper_results],
 )
