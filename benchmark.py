@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from common.safe_files import check_writable, write_text
-from common.user_errors import UserError, run_main
+from common.user_errors import UserError, counted, run_main
 from denoising_experiment_proper import RECIPES, training_step
 from experiment import command_line as cli
 from experiment.cuda_graphs import WARM_UP_STEPS, ReplayedModel, ReplayedStep, compiled, replayed
@@ -136,7 +136,7 @@ def measure(
     if "straightforward" in seconds:
         result["times_faster"] = seconds["straightforward"] / seconds["this"]
     cells.append(f"{result['times_faster']:.1f}" if "times_faster" in result else "–")
-    print_row(f"{row} ({images:,} images)", *cells, f"{result['images_per_second']:,.0f}")
+    print_row(f"{row} ({counted(images, 'image')})", *cells, f"{result['images_per_second']:,.0f}")
     return result
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.options import Number, told_as_options
-from common.user_errors import UserError, reason, run_main
+from common.user_errors import UserError, counted, reason, run_main
 from experiment import command_line as cli
 from experiment.evaluation import evaluate, psnr, ssim
 from experiment.reports import plus_minus, print_head, print_row, result_line
@@ -284,7 +284,7 @@ def main():
     for level in levels:
         with told_as_options():
             degraded = test_set if level is None else test_set.at(level)
-        print(f"\n{source.name}, {len(degraded):,} test images, {degraded.degradation}")
+        print(f"\n{source.name}, {counted(len(degraded), 'test image')}, {degraded.degradation}")
         if of_noise:
             figures = compare(denoiser, degraded, not args.model_only, bm3d)
         else:

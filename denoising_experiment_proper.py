@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adaptive_attention_moe import load_balancing_loss
 from common.safe_files import locked, write_figure
-from common.user_errors import UserError, run_main
+from common.user_errors import UserError, counted, run_main
 from experiment import command_line as cli
 from experiment.checkpoints import (
     check_finite,
@@ -340,12 +340,14 @@ def run_experiment(args, recipe, files, device):
 
     print(
         f"{source.name}: {len(train_set):,} training, {len(val_set):,} validation, "
-        f"{len(test_set):,} test images; {count_parameters(model):,} parameters on {device}"
+        f"{counted(len(test_set), 'test image')}; {count_parameters(model):,} parameters "
+        f"on {device}"
         + (f", {world_size()} processes" if world_size() > 1 else "")
         + (f"; {source.nbytes() / 2**30:.1f} GiB of images in memory" if recipe.crop else "")
     )
     settings = recipe.as_dict()
-    print(f"recipe {args.recipe}: {', '.join(f'{name} {v}' for name, v in settings.items())}")
+    changes = cli.differences(settings, Recipe().as_dict())
+    print(f"recipe {args.recipe}: {changes or 'as published'}")
 
     if device.type == "cpu" and (hint := cli.hint_of_load(args.threads)):
         print(hint, flush=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.options import Number
 from common.safe_files import check_picture, check_writable, csv_text, write_figure, write_text
-from common.user_errors import UserError, printable, run_main
+from common.user_errors import UserError, counted, printable, run_main
 from experiment import command_line as cli
 from experiment.evaluation import Evaluation, evaluate, psnr, psnr_against_noise, spread, ssim
 from experiment.reports import print_head, print_row, result_line
@@ -51,9 +51,11 @@ class Panel(NamedTuple):
 
 def image_rows(result: Evaluation, test_set: NoisyImageDataset, classes: list[str]) -> list[dict]:
     """The figures of every test image, as the CSV has them."""
+    names = test_set.split.names or [""] * len(test_set)
     return [
         {
             "image": index,
+            "file": names[index],
             "class": classes[label],
             "noisy_psnr_db": f"{result.noisy_psnr[index]:.4f}",
             "psnr_db": f"{result.psnr[index]:.4f}",
@@ -288,7 +290,8 @@ def main():
 
     write_text(csv_text(image_rows(result, test_set, source.classes)), table)
     line = result_line(result.psnr, result.ssim, source.name)
-    title = f"Worst to best of {len(test_set):,} test images, {test_set.degradation}\n{line}"
+    images = counted(len(test_set), "test image")
+    title = f"Worst to best of {images}, {test_set.degradation}\n{line}"
     shown = rank_images(result.psnr, args.rows)
     write_figure(draw_images(models, test_set, shown, title), output)
     print_summary(result)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from common.safe_files import check_picture, write_figure
-from common.user_errors import UserError, run_main
+from common.user_errors import UserError, counted, run_main
 from experiment import command_line as cli
 from experiment.recipe import Recipe, changed
 from experiment.reports import print_head, print_row
@@ -215,13 +215,14 @@ def main():
     batches = training_batches(train_set, MEASURED_IMAGES, args.seed, epoch=1, with_sigma=True)
     noisy, clean, _, sigma = next(batches)
 
-    print(f"{source.name}: {len(noisy):,} of {len(train_set):,} training images")
+    print(f"{source.name}: {len(noisy):,} of {counted(len(train_set), 'training image')}")
     wrong = 0
     rows = check_noise(noisy, clean, sigma, degradation.noise_level)
     for quantity, measured, expected, tolerance in rows:
         off = not abs(measured - expected) <= tolerance
         wrong += off
-        figures = f"{measured:9.5f}   expected {expected:.5f} ± {tolerance:.5f}"
+        low, high = expected - tolerance, expected + tolerance
+        figures = f"{measured:9.5f}   expected {low:.5f} to {high:.5f}"
         print(f"  {quantity:<20} {figures}{'   OFF' if off else ''}")
     title = f"{source.name}, training samples of epoch 1, {degradation}"
     write_figure(draw_samples(noisy, clean, sigma, title), args.output)

@@ -140,15 +140,18 @@ def recipe_values(recipes: Mapping[str, Recipe]) -> str:
     """The values of the first recipe, and what the others change of them."""
     text, first = "recipes; all but the first say what they change of it:\n", {}
     for name, recipe in recipes.items():
-        values = recipe.as_dict()
-        told = [
-            f"{as_option(n).removeprefix('--')} {in_words(v)}".rstrip()
-            for n, v in values.items()
-            if v not in (None, False) and first.get(n) != v
-        ]
-        text += f"  {name}: {', '.join(told)}\n"
-        first = first or values
+        text += f"  {name}: {differences(recipe.as_dict(), first)}\n"
+        first = first or recipe.as_dict()
     return f"{text}\n"
+
+
+def differences(settings: Mapping, others: Mapping) -> str:
+    """The settings that are not as in others, as options: "lr 0.004, flip"."""
+    return ", ".join(
+        f"{name.replace('_', '-')} {in_words(value)}".rstrip()
+        for name, value in settings.items()
+        if value is not None and others.get(name, False) != value
+    )
 
 
 def in_words(value) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.user_errors import UserError
+from common.user_errors import UserError, counted
 
 
 def rank() -> int:
@@ -55,7 +55,8 @@ def check_shares(batch_size: int, images: int) -> None:
     processes = world_size()
     if processes > 1 and (batch_size % processes or batch_size > images):
         raise UserError(
-            f"--batch-size {batch_size} for {processes} processes and {images:,} training images: "
+            f"--batch-size {batch_size} for {processes} processes and "
+            f"{counted(images, 'training image')}: "
             "it has to be a multiple of the first and at most the second"
         )
 

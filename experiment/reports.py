@@ -8,6 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from common.user_errors import counted
 from experiment.evaluation import Evaluation, psnr_of, spread
 from images.degradations import degradation_of
 
@@ -67,19 +68,22 @@ def results_box(checkpoint: dict, result: Evaluation, device: torch.device) -> s
     degradation = degradation_of(recipe)
     of_noise = degradation.task == "denoise"
     before, after = ("noisy", "denoised") if of_noise else ("degraded", "restored")
+    epochs = counted(recipe["epochs"], "epoch")
     experts = "experts, none" if checkpoint["config"].get("capacity") else "experts"
     rows = [
-        ("data set", f"{recipe['dataset']}, {len(result.psnr):,} test images"),
+        ("data set", f"{recipe['dataset']}, {counted(len(result.psnr), 'test image')}"),
         ("noise" if of_noise else "task", str(degradation)),
         ("parameters", f"{recipe['parameters']:,}"),
-        ("training", f"{recipe['epochs']} epochs in {minutes:.1f} min on {device}"),
+        ("training", f"{epochs} in {minutes:.1f} min on {device}"),
         ("best epoch", f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}"),
         (f"{before} PSNR", f"{plus_minus(result.noisy_psnr, 2)} dB"),
         (f"{after} PSNR", f"{plus_minus(result.psnr, 2)} dB"),
         (f"{after} SSIM", plus_minus(result.ssim, 4)),
     ]
     for block, load in enumerate(result.utilisation, 1):
-        rows.append((f"{experts}, block {block}", " / ".join(f"{100 * p:.1f} %" for p in load)))
+        if len(load) > 1:
+            shares = " / ".join(f"{100 * p:.1f} %" for p in load)
+            rows.append((f"{experts}, block {block}", shares))
     return framed("FINAL RESULTS", rows)
 
 

@@ -6,6 +6,7 @@ They are thumbnails of 32×32 pixels or, for training on crops, photographs as l
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from skimage.transform import downscale_local_mean
 from tqdm import tqdm
 
-from common.user_errors import UserError, printable, reason
+from common.user_errors import UserError, counted, printable, reason
 from images.image_cache import cached_decode
 from images.photo_files import read_rgb
 
@@ -43,16 +44,17 @@ class Split:
     images: torch.Tensor | list  # uint8 [n, 3, h, w], or n of [3, h, w], of pairs [6, h, w]
     labels: torch.Tensor  # int64 [n], the class index (for photos, the photograph's)
     lossless: torch.Tensor  # bool [n], False where the image was stored with lossy compression
+    names: Sequence = ()  # of the files that they are from, where they are from files
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        if isinstance(self.images, list):
-            images = [self.images[i] for i in torch.arange(len(self))[index].tolist()]
-        else:
-            images = self.images[index]
-        return Split(images, self.labels[index], self.lossless[index])
+        chosen = torch.arange(len(self))[index].tolist()
+        whole = isinstance(self.images, list)
+        images = [self.images[i] for i in chosen] if whole else self.images[index]
+        names = [self.names[i] for i in chosen] if self.names else ()
+        return Split(images, self.labels[index], self.lossless[index], names)
 
 
 @dataclass
@@ -314,17 +316,20 @@ def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     found = decode(paths) if crop else cached_decode(paths, data_dir, decode)
     skipped = found["skipped"]
     named = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
-    warning = f"skipped {len(skipped)} of {len(paths)} files in {folder}: {named}"
+    warning = f"skipped {len(skipped)} of {counted(len(paths), 'file')} in {folder}: {named}"
     files, group = np.unique(found["files"], return_inverse=True)
     if len(files) < fewest:
         raise UserError(
-            f"{folder} holds {len(files)} readable image files of at least {least}×{least} pixels; "
+            f"{folder} holds {counted(len(files), 'readable image file')} of at least "
+            f"{least}×{least} pixels; "
             "training takes 2 or more and testing 1" + (f" ({warning})" if len(skipped) else "")
         )
     if len(skipped):
         print(printable(f"warning: {warning}"), file=sys.stderr)
     labels = [classes.index(class_of[paths[file]]) for file in found["files"]]
-    return _split(found["images"], labels, found["lossless"], crop), torch.from_numpy(group)
+    split = _split(found["images"], labels, found["lossless"], crop)
+    split.names = [str(paths[file]) for file in found["files"]]
+    return split, torch.from_numpy(group)
 
 
 def _decode(folder, paths, crop, least):

@@ -40,7 +40,7 @@ class NoisyImageDataset(torch.utils.data.Dataset):
                 )
         # Photographs stay where they are: a GPU could not hold many of them.
         images = split.images if self.full_size else split.images.to(device)
-        self.split = Split(images, split.labels.to(device), split.lossless)
+        self.split = replace(split, images=images, labels=split.labels.to(device))
         self.stream = stream
         self.device = torch.device(device)
 

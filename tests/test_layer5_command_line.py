@@ -85,6 +85,20 @@ def test_help_lists_the_values_of_every_recipe(call, script):
         assert Recipe.of(told[name]) == recipe, name
 
 
+def test_a_training_tells_what_its_recipe_changes(call, folder):
+    """No defaults, no shares of a single expert, and one of a thing in the singular."""
+    options = ("--recipe", "quick", "--steps", 1, "--weight-decay", 0, "--output", "m.pt")
+    process = call(experiment, "--dataset", folder, *options)
+    assert process.returncode == 0, process.stderr
+    (line,) = re.findall("^recipe quick: (.*)", process.stdout, re.MULTILINE)
+    told = set(line.split(", "))
+    assert {"model quick", "weight-decay 0.0", "steps 1", "epochs 1", "flip"} < told
+    assert not re.search("seed|None|False|jpeg|noise", line)
+    assert "1 epoch in 0." in process.stdout and "experts" not in process.stdout
+    process = call(experiment, "--dataset", folder, "--epochs", 30, "--lr", 1e30)
+    assert "\nrecipe published: lr 1e+30\n" in process.stdout
+
+
 # Options -------------------------------------------------------------------------------------
 
 

@@ -107,6 +107,7 @@ def test_models_of_other_sizes_are_shown(call, folder, trained, config, script):
 def test_training_data_script_accepts_right_noise(call):
     process = call(visualize_training_data, "--dataset", "photos")
     assert process.returncode == 0, process.stdout
+    assert re.search(r"smallest noisy value +0\.0+   expected 0\.0+ to 1\.0+\n", process.stdout)
     with Image.open("training_data_verification.png") as picture:
         assert min(picture.size) > 800
 
@@ -189,6 +190,9 @@ def test_a_model_of_a_folder_is_tested_there_and_says_when_it_has_gone(call, fol
     for script in (visualize_proper_results, debug_evaluation):
         process = call(script, "--checkpoint", "m.pt")
         assert process.returncode == 0 and "folder images" in process.stdout.splitlines()[-1]
+    rows = read_csv("denoising_visualization_proper_images.csv")
+    names = sorted(map(str, (folder / "test").rglob("*.*")))
+    assert [row["file"] for row in rows] == names
     folder.rename(folder.with_name("moved"))
     for same_images in (False, True):
         with pytest.raises(UserError, match=f"not at {folder} any more; .* --dataset"):
