@@ -1,17 +1,21 @@
 """Inspects ranges and statistics of the images that a model would be trained and tested on.
 
     python debug_test_data.py --dataset photos
+    python debug_test_data.py --dataset FOLDER --crop 96 --noise-level 0.01 0.3 --unclipped
 
 Says loudly when something looks wrong, and then exits with 1.
 """
 
 import torch
 
-from common.user_errors import run_main
+from common.user_errors import counted, run_main
 from experiment import command_line as cli
 from experiment.recipe import Recipe, changed
 from images.image_sources import load_images
-from images.noisy_images import NoisyImageDataset, noisy_splits
+from images.noisy_images import NoisyImageDataset
+from images.training_batches import training_batches
+
+CROPS = 256  # of photographs, which are looked at
 
 
 def normalisation_problems(images: torch.Tensor) -> list[str]:
@@ -29,35 +33,41 @@ def normalisation_problems(images: torch.Tensor) -> list[str]:
     return [problem for problem, there in problems.items() if there]
 
 
-def shared_images(some: torch.Tensor, others: torch.Tensor) -> int:
-    """How many images of one uint8 tensor [n, 3, h, w] stand, byte for byte, in another."""
-    known = {image.tobytes() for image in others.numpy()}
-    return sum(image.tobytes() in known for image in some.numpy())
+def shared_images(some: torch.Tensor | list, others: torch.Tensor | list) -> int:
+    """How many uint8 images [3, h, w] of the first stand, byte for byte, among the others."""
+    known = {image.numpy().tobytes() for image in others}
+    return sum(image.numpy().tobytes() in known for image in some)
 
 
-def inspect(name: str, dataset: NoisyImageDataset) -> list[str]:
-    """Prints the figures of a split; returns what looks wrong."""
+def inspect(name: str, dataset: NoisyImageDataset, crop: int | None) -> list[str]:
+    """Prints the figures of a split, of photographs those of crops; returns what looks wrong."""
     images = dataset.split.images
-    noisy, clean, _ = next(dataset.batches(min(1024, len(dataset))))
+    if crop:
+        noisy, clean, _ = next(training_batches(dataset, CROPS, 0, 1, crop=crop))
+    else:
+        noisy, clean, _ = next(dataset.batches(min(1024, len(dataset))))
+    noisy = noisy[:, :3]  # without the mask of holes
     flat = sum(bool((image == image[0, 0, 0]).all()) for image in images)
-    values = images.float() / 255
+    values = clean if crop else images.float() / 255
     std, mean = torch.std_mean(values, dim=(0, 2, 3))
     print(
-        f"\n{name}: {len(dataset):,} images {tuple(images.shape[1:])} {images.dtype}, "
-        f"{dataset.split.lossless.double().mean():.1%} stored lossless\n"
-        f"  range of values      {images.min()} … {images.max()}\n"
+        f"\n{name}: {counted(len(dataset), 'image')}, {'crops' if crop else 'each'} "
+        f"{tuple(values.shape[1:])}, {dataset.split.lossless.double().mean():.1%} stored lossless\n"
+        f"  range of values      {255 * values.min():.0f} … {255 * values.max():.0f}\n"
         f"  mean of R, G, B      {' '.join(f'{m:.4f}' for m in mean)}\n"
         f"  std of R, G, B       {' '.join(f'{s:.4f}' for s in std)}\n"
         f"  images of one value  {flat}\n"
         f"  clean batch          {clean.min():.3f} … {clean.max():.3f}, {clean.dtype}\n"
-        f"  noisy batch          {noisy.min():.3f} … {noisy.max():.3f}, "
-        f"std of the noise {(noisy - clean).std():.4f}\n"
+        f"  degraded batch       {noisy.min():.3f} … {noisy.max():.3f}, "
+        f"std of the difference {(noisy - clean).std():.4f}\n"
         f"  labels               {dataset.split.labels.min()} … {dataset.split.labels.max()}"
     )
     problems = [f"{name}: {p}" for p in normalisation_problems(values)]
-    problems += [f"{name}, noisy: {p}" for p in normalisation_problems(noisy)]
+    if getattr(dataset.degradation, "unclipped", False):
+        noisy = noisy.clamp(0, 1)
+    problems += [f"{name}, degraded: {p}" for p in normalisation_problems(noisy)]
     if flat > len(images) // 10:
-        problems.append(f"{name}: {flat} of {len(images)} images have a single value")
+        problems.append(f"{name}: {flat} of {len(images)} images of a single value")
     return problems
 
 
@@ -67,22 +77,25 @@ def main():
         "python debug_test_data.py --dataset photos",
     )
     cli.add_data(parser)
-    cli.add_noise(parser)
+    cli.add_task(parser, "noise of σ = 0.2")
+    group = parser.add_argument_group("training", "by default thumbnails, and the published seed")
+    cli.add_fields(group, Recipe, ("crop", "seed"), with_defaults=False)
     args = parser.parse_args()
-    degradation = changed(Recipe(), vars(args)).degradation
-    source = load_images(args.dataset, args.data_dir, args.seed)
-    print(f"{source.name}: {len(source.classes)} classes, {degradation}")
-    datasets, problems = noisy_splits(source, degradation), []
-    for name, dataset in zip(("train", "val", "test"), datasets, strict=True):
-        problems += inspect(name, dataset)
+    recipe, problems = changed(Recipe(), vars(args)), []
+    source = load_images(args.dataset, args.data_dir, recipe.seed, recipe.crop)
+    recipe = recipe.for_images(source)
+    print(f"{source.name}: {len(source.classes)} classes, {recipe.degradation}")
+    for name, dataset in zip(("train", "val", "test"), recipe.splits(source), strict=True):
+        problems += inspect(name, dataset, recipe.crop)
     for name, other in (("val", source.val), ("train", source.train)):
         shared = shared_images(source.test.images, other.images)
         if shared:
-            problems.append(f"{shared} test images stand in {name} as well, byte for byte")
+            told = counted(shared, "test image")
+            problems.append(f"{told} in {name} as well, byte for byte")
     print()
     for problem in problems:
         print(f"!!! WRONG: {problem}")
-    print(f"{len(problems)} problems" if problems else "nothing looks wrong")
+    print(counted(len(problems), "problem") if problems else "nothing looks wrong")
     return 1 if problems else 0
 
 

@@ -112,6 +112,18 @@ def add_checkpoint(parser, default: str | Path = PUBLISHED_CHECKPOINT) -> None:
     add_option(group, "--checkpoint", default=str(default), metavar="FILE", help=what)
 
 
+def add_task(parser, default: str) -> None:
+    """--task and the options of every task, None where not given; the default is told."""
+    group = parser.add_argument_group("task and noise", f"by default {default}")
+    what = "what the model restores: noisy images; images enlarged after a bicubic reduction; "
+    what += "images with holes; or JPEG files with their artefacts"
+    group.add_argument("--task", choices=TASKS, help=what)
+    add_noise_kind(group)
+    for kind in KINDS:
+        own = [f.name for f in fields(kind) if kind is not CameraNoise or f.name != "noise_level"]
+        add_fields(group, kind, own, with_defaults=False)
+
+
 def add_recipe(parser, recipes: Mapping[str, Recipe], without=(), **choices: Iterable[str]) -> None:
     """--recipe, and an option for every setting of a training.
 
@@ -120,14 +132,7 @@ def add_recipe(parser, recipes: Mapping[str, Recipe], without=(), **choices: Ite
         without: fields of Recipe that the script decides itself.
         choices: {field: its values}, where other rooms know them.
     """
-    group = parser.add_argument_group("task and noise", "by default those of the recipe, below")
-    what = "what the model restores: noisy images; images enlarged after a bicubic reduction; "
-    what += "images with holes; or JPEG files with their artefacts"
-    group.add_argument("--task", choices=TASKS, help=what)
-    add_noise_kind(group)
-    for kind in KINDS:
-        own = [f.name for f in fields(kind) if kind is not CameraNoise or f.name != "noise_level"]
-        add_fields(group, kind, own, with_defaults=False)
+    add_task(parser, "those of the recipe, below")
     group = parser.add_argument_group("training", "by default that of the recipe, below")
     names = list(recipes)
     add_option(group, "--recipe", choices=names, default=names[0], help="see below")

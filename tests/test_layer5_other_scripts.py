@@ -3,10 +3,12 @@
 import re
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -206,6 +208,23 @@ def test_debug_test_data_finds_nothing_in_photos(call):
 
 
 @pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--noise-level", 0.01, 0.3, "--unclipped"), "σ = 0.01 to 0.3 (unclipped)"),
+        (("--noise-level", 0.1, "--jpeg-share", 0.5), "σ = 0.1 (50 % JPEG)"),
+        (("--task", "inpaint"), "holes of 10 to 40 %"),
+    ],
+)
+def test_debug_test_data_looks_at_what_models_of_photographs_learn(call, options, told):
+    process = call(debug_test_data, "--dataset", "photos", "--crop", 96, *options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert f"classes, {told}\n" in process.stdout and "nothing looks wrong" in process.stdout
+    assert "train: 3 images, crops (3, 96, 96)" in process.stdout
+    low, high = re.search(r"degraded batch +(\S+) … (\S+),", process.stdout).groups()
+    assert (float(low) < -0.3 and float(high) > 1.3) == ("unclipped" in told)
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda x: 255 * x, "not divided by 255"),
@@ -218,6 +237,16 @@ def test_wrong_normalisation_is_noticed(photos, change, words):
     images = photos.test.images[:50].float() / 255
     assert debug_test_data.normalisation_problems(images) == []
     assert any(words in p for p in debug_test_data.normalisation_problems(change(images)))
+
+
+def test_debug_test_data_notices_leaked_photographs(call):
+    for name in ("train/a.png", "train/b.png", "test/a.png"):
+        Path("d", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(skimage.data.chelsea()[:80, ord(name[-5]) :][:, :100]).save(f"d/{name}")
+    process = call(debug_test_data, "--dataset", "d", "--crop", 32)
+    assert process.returncode == 1
+    assert re.search("WRONG: 1 test image in (train|val) as well, byte", process.stdout)
+    assert process.stdout.endswith("\n1 problem\n")
 
 
 def test_debug_test_data_notices_black_and_leaked_images(folder, call):
