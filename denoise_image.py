@@ -37,6 +37,7 @@ from experiment.tiling import (
     denoise,
     denoise_photo,
     noise_at_sizes,
+    whole_noise,
 )
 from images.image_sources import list_images
 from images.photo_files import (
@@ -52,6 +53,7 @@ from small_vit import SHIPPED, SmallViT, load_model
 __all__ = ["denoise", "load_model"]  # what Python scripts take from here
 
 NOTICEABLE = 0.02  # σ of noise that is told of where most of it stays
+SURPRISING = 4  # times the estimated noise; that of a camera is up to three times as strong
 SUFFIX, COMPARED = "_denoised", "_compare"  # ends of the names that are written
 
 
@@ -226,9 +228,9 @@ def denoise_file(
     height, width = pixels.shape[:2]
     before, after = noise_at_sizes(photo.pixels), noise_at_sizes(pixels)
     known = min(height, width) >= LEAST_PROBE
-    noise = (
-        f"noise {before[0]:.4f} → {after[0]:.4f}" if known else "too small to estimate its noise"
-    )
+    noise = "too small to estimate its noise"
+    if known:
+        noise = f"noise {whole_noise(before):.4f} → {whole_noise(after):.4f}"
     line = f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"
     if photo.frames > 1:
         line += f"  (the first of {photo.frames} frames or pages)"
@@ -251,7 +253,7 @@ def what_to_look_at(before: list[float], after: list[float], removed: float) -> 
     if any(stays):
         coarse = max(a for a, stay in zip(after, stays, strict=True) if stay)
         return f"  (coarser noise, or texture, of {coarse:.3f} stays)"
-    if removed > max(NOTICEABLE, 2 * max(before)):
+    if removed > max(NOTICEABLE, SURPRISING * whole_noise(before)):
         return "  (it changed by far more than its noise: compare the two)"
     return ""
 

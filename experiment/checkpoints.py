@@ -104,6 +104,11 @@ class Trained:
     checkpoint: dict  # as read_checkpoint gives it, without "model"
 
     @property
+    def knows_grey(self) -> bool:
+        """Whether it was trained on grey images, whose noise is the same in all three colours."""
+        return self.recipe.gray_share > 0
+
+    @property
     def clipped(self) -> bool:
         """Whether all noise that it was trained on had been clamped to [0, 1], as in files."""
         return not getattr(self.recipe.degradation, "unclipped", False)

@@ -75,7 +75,9 @@ def denoise(
     check_range(pixels)
     if all(np.array_equal(pixels[:, :, 0], pixels[:, :, c]) for c in range(1, pixels.shape[2])):
         pixels = np.ascontiguousarray(pixels[:, :, :1])
-    sigma = estimate_noise(pixels) if pixels.shape[2] == 1 else 0.0
+    trained = getattr(model, "trained", None)
+    unknown = pixels.shape[2] == 1 and not (trained and trained.knows_grey)
+    sigma = estimate_noise(pixels) if unknown else 0.0
     restored = in_overlapping_tiles(model.eval(), pixels, tile, overlap, dtype, strength, sigma)
     channels = image.size // restored[..., 0].size  # three where they were equal
     return restored.repeat(channels // restored.shape[2], axis=2).reshape(image.shape)
@@ -99,7 +101,9 @@ def in_overlapping_tiles(
     strength: float = 1.0,
     sigma: float = 0.0,
 ) -> np.ndarray:
-    """As `denoise`, of [h, w, C] that is known to be right; sigma is the noise of a grey image."""
+    """As `denoise`, of [h, w, C] that is known to be right; sigma is the noise of a grey image for
+    a model that knows none.
+    """
     replayed = ReplayedModel(model)
     rows, columns = (windows(size, tile, overlap) for size in pixels.shape[:2])
     restored, unfinished = np.empty_like(pixels), torch.zeros(0, *pixels.shape[1:])
@@ -197,9 +201,10 @@ def check_range(pixels: np.ndarray) -> None:
 def restore_tile(replayed, part: np.ndarray, dtype: str, strength: float, sigma: float) -> Tensor:
     """[h, w, C] of a stored dtype -> float32 [h, w, C] in [0, 1] on the CPU.
 
-    The noise of a grey image would be the same in all three colours, which the model has never
-    seen and takes for structure. Noise that sums to zero over the colours makes it independent,
-    with √3 σ for each, and drops out of their mean. A model of clipped noise sees no other.
+    The noise of a grey image would be the same in all three colours, which most models have never
+    seen and take for structure. Where sigma tells of it, noise that sums to zero over the colours
+    makes it independent, with √3 σ for each, and drops out of their mean. A model of clipped noise
+    sees no other.
     """
     device = next(replayed.model.parameters()).device
     before = torch.from_numpy(as_float(part))
@@ -258,6 +263,17 @@ def noise_at_sizes(image: np.ndarray) -> list[float]:
         half = cv2.resize(part, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
         part = half.reshape(*half.shape[:2], -1)  # OpenCV drops the channel of a grey one
     return found
+
+
+def whole_noise(at_sizes: list[float]) -> float:
+    """σ of all noise, white or coarse, out of `noise_at_sizes`.
+
+    Three quarters of the variance of white noise are finer than half the size, three quarters of
+    the rest finer than a quarter of it; the noise at half the size has a quarter of the variance.
+    """
+    last = at_sizes[-1]  # of small images, which end earlier, the rest is taken for white
+    full, half, quarter = [*at_sizes, last / 2, last / 4][:3]
+    return math.sqrt(0.75 * full**2 + 0.75 * half**2 + quarter**2)
 
 
 def as_float(values: np.ndarray) -> np.ndarray:

@@ -294,7 +294,7 @@ def test_the_noise_becomes_less(clean_up):
     write_photos("in.png")
     process = clean_up("in.png", "--compare")
     assert process.returncode == 0, process.stderr
-    assert "in.png  130×100  noise 0.09" in process.stdout
+    assert "in.png  130×100  noise 0.10" in process.stdout
     clean = skimage.data.chelsea()[:100, 100:230]
     before, after = (np.asarray(Image.open(f"in{s}.png")) for s in ("", "_denoised"))
     errors = [((image / 255 - clean / 255) ** 2).mean() for image in (before, after)]

@@ -1,7 +1,9 @@
 """Layer 6, noise as cameras have it: drawn by its properties, and in pairs of photographs."""
 
+import cv2
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 
@@ -12,9 +14,11 @@ import visualize_proper_results
 import visualize_training_data
 from common.options import BadOption
 from conftest import assert_refused, write_images
+from experiment.checkpoints import Trained
+from experiment.tiling import denoise, noise_at_sizes, whole_noise
 from images.camera_noise import NUMBERS, PROPERTIES
 from images.degradations import CameraNoise, Draws, PairedNoise, degradation_of
-from images.image_sources import Split, shift_of
+from images.image_sources import Split, load_images, shift_of
 from images.noise_statistics import noise_statistics
 from images.noisy_images import NoisyImageDataset
 from images.training_batches import random_crop, training_batches
@@ -190,8 +194,6 @@ def test_pairs_train_are_compared_and_drawn(call, pairs, small_picture):
 
 
 def test_training_sees_the_two_of_a_pair_in_one_place(pairs):
-    from images.image_sources import load_images
-
     source = load_images(str(pairs), crop=32)
     dataset = NoisyImageDataset(source.train, PairedNoise())
     noisy, clean, _ = next(
@@ -216,8 +218,6 @@ def test_what_is_no_pair_is_named(call, pairs):
 
 
 def test_a_shifted_pair_is_noticed(photos):
-    import skimage.data
-
     photo, rng = skimage.data.astronaut(), np.random.default_rng(0)
     noisy = (photo + rng.normal(0, 25, photo.shape)).clip(0, 255).astype(np.uint8)
     assert shift_of(photo, noisy) is None
@@ -251,3 +251,33 @@ def test_the_script_prints_them(call, pairs):
     assert process.returncode == 0, process.stderr
     assert "| horizontal correlation at 1 |" in process.stdout
     assert_refused(call(visualize_training_data, "--dataset", pairs), "no noise")
+
+
+def test_the_printed_noise_is_that_of_all_sizes():
+    rng = np.random.default_rng(0)
+    white = (0.5 + 0.05 * rng.standard_normal((256, 256, 3))).astype(np.float32)
+    blurred = cv2.GaussianBlur(white - 0.5, (0, 0), 0.8)
+    coarse = (0.5 + blurred * (0.05 / blurred.std())).astype(np.float32)
+    assert whole_noise(noise_at_sizes(white)) == pytest.approx(0.05, rel=0.05)
+    assert noise_at_sizes(coarse)[0] < 0.02 < 0.03 < whole_noise(noise_at_sizes(coarse)) < 0.06
+    assert whole_noise([0.04]) == pytest.approx(0.04) == whole_noise([0.04, 0.02])
+
+
+def test_a_model_that_knows_grey_sees_it_as_it_is():
+    """Other models are shown colours that make grey noise independent."""
+
+    class Shown(torch.nn.Module):
+        def __init__(self, gray_share):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.trained = Trained("", experiment.Recipe(gray_share=gray_share), {})
+
+        def forward(self, noisy):
+            self.grey = torch.equal(noisy[:, 0], noisy[:, 1])
+            return noisy, []
+
+    image = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    for share in (0.0, 0.1):
+        model = Shown(share)
+        denoise(model, image)
+        assert model.grey == bool(share)
