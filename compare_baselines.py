@@ -14,9 +14,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from skimage import restoration
-from skimage.color import rgb2ycbcr
-from skimage.filters import gaussian
+from skimage import color, filters, restoration  # imported in parts, when they are first used
 from torch import nn
 from tqdm import tqdm
 
@@ -50,7 +48,7 @@ def baselines(sigma: float, bm3d: Callable | None = None) -> dict[str, tuple[Cal
         return restoration.denoise_nl_means(x, h=strength * sigma, **options)
 
     scale = sigma / 0.2
-    blur = partial(gaussian, channel_axis=0)
+    blur = partial(filters.gaussian, channel_axis=0)
     smooth = partial(restoration.denoise_tv_chambolle, channel_axis=0)
     found = {
         "Gaussian blur": (blur, [s * scale**0.5 for s in (0.7, 0.8, 0.9, 1.0)]),
@@ -209,7 +207,7 @@ def special_psnr(
         return psnr(restored[:, holes], clean[:, holes])
     border = degradation.scale if degradation.task == "super-resolution" else 0
     inner = (slice(border, -border or None),) * 2
-    one, other = (rgb2ycbcr(x, channel_axis=0)[0][inner] / 255 for x in (restored, clean))
+    one, other = (color.rgb2ycbcr(x, channel_axis=0)[0][inner] / 255 for x in (restored, clean))
     return psnr(one, other)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage import metrics  # imported in parts, when they are first used
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -47,7 +47,7 @@ class Evaluation:
 def psnr(restored: np.ndarray, clean: np.ndarray) -> float:
     """PSNR in dB of one image by scikit-image, at most MOST_PSNR; [3, h, w] in [0, 1]."""
     with np.errstate(divide="ignore"):
-        return min(MOST_PSNR, peak_signal_noise_ratio(clean, restored, data_range=1.0))
+        return min(MOST_PSNR, metrics.peak_signal_noise_ratio(clean, restored, data_range=1.0))
 
 
 def psnr_of(mse: float) -> float:
@@ -63,7 +63,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def ssim(restored: np.ndarray, clean: np.ndarray) -> float:
     """SSIM of one image by scikit-image, 7×7 window; arrays [3, h, w] in [0, 1]."""
-    return structural_similarity(clean, restored, data_range=1.0, channel_axis=0)
+    return metrics.structural_similarity(clean, restored, data_range=1.0, channel_axis=0)
 
 
 def sharpness(restored: np.ndarray, clean: np.ndarray) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import torch
-from skimage.restoration import estimate_sigma
+from skimage import restoration  # imported in parts, when they are first used
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -246,8 +246,8 @@ def estimate_noise(image: np.ndarray) -> float:
     chosen = [block for block, share in zip(blocks, clipped, strict=True) if share <= most]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a colour that is the same everywhere
-        sigmas = [np.nan_to_num(estimate_sigma(b, channel_axis=2)).mean() for b in chosen]
-    return float(np.quantile(sigmas, 0.1))
+        sigmas = [restoration.estimate_sigma(block, channel_axis=2) for block in chosen]
+    return float(np.quantile(np.nan_to_num(sigmas).mean(1), 0.1))
 
 
 def noise_at_sizes(image: np.ndarray) -> list[float]:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import skimage.data
+import skimage  # imported in parts, when they are first used
 import torch
-from skimage.transform import downscale_local_mean
 from tqdm import tqdm
 
 from common.user_errors import UserError, counted, printable, reason
@@ -172,8 +171,8 @@ def _load_photos(crop):
 
 def _thumbnails(photo, stride):
     """Crops of a reduced photograph, as busy as the images of CIFAR-10."""
-    steps = [(scale, scale, 1) for scale in (3, 4, 6, 8)]
-    reduced = [downscale_local_mean(photo.astype(np.float32), step).round() for step in steps]
+    steps, reduce = [(n, n, 1) for n in (3, 4, 6, 8)], skimage.transform.downscale_local_mean
+    reduced = [reduce(photo.astype(np.float32), step).round() for step in steps]
     large = [image.astype(np.uint8) for image in reduced if min(image.shape[:2]) >= SIZE]
     return np.concatenate([_crops(image, stride) for image in large])
 

@@ -9,7 +9,6 @@ import numpy as np
 import skimage.data
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from experiment.command_line import autocast
 from experiment.evaluation import psnr
@@ -49,7 +48,8 @@ def mosaic(images: Tensor, tokens: int) -> Tensor:
     """[1, 3, h, h] of that many patches, 4×4 pixels each, put together from images of 32×32."""
     side = math.isqrt(tokens // 64)
     chosen = images[torch.arange(side * side, device=images.device) % len(images)]
-    return make_grid(chosen, nrow=side, padding=0).unsqueeze(0)
+    rows = chosen.unflatten(0, (side, side)).permute(2, 0, 3, 1, 4)  # [3, rows, 32, columns, 32]
+    return rows.flatten(3).flatten(1, 2).unsqueeze(0)
 
 
 def measure_tokens(images: Tensor, effort, device: torch.device) -> list[dict]:

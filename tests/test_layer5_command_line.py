@@ -99,6 +99,13 @@ def test_a_training_tells_what_its_recipe_changes(call, folder):
     assert "\nrecipe published: lr 1e+30\n" in process.stdout
 
 
+def test_help_does_not_wait_for_libraries_that_only_the_work_needs():
+    code = f"import sys, {', '.join(SCRIPTS)}\nprint({{'scipy', 'torchvision'}} & {{*sys.modules}})"
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert process.stdout == "set()\n", process.stderr
+
+
 # Options -------------------------------------------------------------------------------------
 
 
