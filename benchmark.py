@@ -58,11 +58,7 @@ class Effort:
 
 
 QUICK = Effort(
-    rounds=2,
-    seconds=3,
-    evaluation_images=256,
-    tokens=(64, 256, 1024),
-    tiles=((64, 16), (128, 16)),
+    rounds=2, seconds=3, evaluation_images=256, tokens=(64, 256, 1024), tiles=((64, 16), (128, 16))
 )
 
 

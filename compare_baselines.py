@@ -244,9 +244,8 @@ def parse_args():
     )
     cli.add_checkpoint(parser)
     cli.add_data(parser, of_model=True)
-    noise = parser.add_argument_group(
-        "noise", "by default as in the model's training, at the middle of its range"
-    )
+    about = "by default as in the model's training, at the middle of its range"
+    noise = parser.add_argument_group("noise", about)
     what = "one or several σ of the noise, for pixel values in [0, 1], also as a fraction: 25/255"
     names = ("noise_level", "unclipped", "jpeg_share")
     cli.add_fields(noise, GaussianNoise, names, with_defaults=False, noise_level={"help": what})

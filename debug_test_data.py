@@ -90,8 +90,7 @@ def main():
     for name, other in (("val", source.val), ("train", source.train)):
         shared = shared_images(source.test.images, other.images)
         if shared:
-            told = counted(shared, "test image")
-            problems.append(f"{told} in {name} as well, byte for byte")
+            problems.append(f"{counted(shared, 'test image')} in {name} as well, byte for byte")
     print()
     for problem in problems:
         print(f"!!! WRONG: {problem}")

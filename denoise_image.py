@@ -40,13 +40,7 @@ from experiment.tiling import (
     whole_noise,
 )
 from images.image_sources import list_images
-from images.photo_files import (
-    FORMATS,
-    WRITTEN,
-    check_format,
-    read_photo,
-    write_photo,
-)
+from images.photo_files import FORMATS, WRITTEN, check_format, read_photo, write_photo
 from images.photo_tags import Tags
 from small_vit import SHIPPED, SmallViT, load_model
 
@@ -77,16 +71,15 @@ def find_images(names: Iterable[str], recursive: bool = False) -> dict[Path, Pat
 def images_of(folder: Path, recursive: bool) -> dict[Path, Path]:
     """The same, of the images of a folder; says what it passes over."""
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    results = (SUFFIX, SUFFIX + COMPARED)  # of earlier runs
     files = [path for path in list_images(folder, strict=recursive) if path.is_file()]
-    files = [path for path in files if not path.stem.endswith((SUFFIX, SUFFIX + COMPARED))]
-    images = [path for path in files if path.suffix.lower() in known]
-    if not recursive:
-        below = [path for path in images if path.parent != folder]
-        files, images = ([p for p in paths if p.parent == folder] for paths in (files, images))
-        if below:
-            told = f"passed over {counted(len(below), 'image')} in subfolders of {folder}"
-            print(printable(f"{told}: --recursive takes them"))
-    others = [path.suffix or path.name for path in files if path.suffix.lower() not in known]
+    files = [path for path in files if not path.stem.endswith(results)]
+    here = [path for path in files if recursive or path.parent == folder]
+    images = [path for path in here if path.suffix.lower() in known]
+    others = [path.suffix or path.name for path in here if path.suffix.lower() not in known]
+    if below := sum(path.suffix.lower() in known for path in files) - len(images):
+        words = f"passed over {counted(below, 'image')} in subfolders of {folder}"
+        print(printable(f"{words}: --recursive takes them"))
     if others:
         kinds = ", ".join(sorted(set(others)))
         print(printable(f"passed over {counted(len(others), 'file')} in {folder}: {kinds}"))
@@ -156,9 +149,7 @@ def choose_outputs(
     places = {p: Path(output) / below if folder else p.parent for p, below in images.items()}
     inputs, written, chosen = set(map(real, images)), {}, {}
     for path, name in distinct_names(places).items():
-        new = places[path] / f"{name}{SUFFIX}.png"
-        if output and not folder:
-            new = Path(output)
+        new = Path(output) if output and not folder else places[path] / f"{name}{SUFFIX}.png"
         if skip_existing and os.path.lexists(new):
             continue
         for file in (new, comparison_of(new)) if compare else (new,):
@@ -228,7 +219,7 @@ def denoise_file(
     height, width = pixels.shape[:2]
     before, after = noise_at_sizes(photo.pixels), noise_at_sizes(pixels)
     known = min(height, width) >= LEAST_PROBE
-    noise = "too small to estimate its noise"
+    noise = "too small to tell its noise"
     if known:
         noise = f"noise {whole_noise(before):.4f} → {whole_noise(after):.4f}"
     line = f"{path}  {width}×{height}  {noise}  {seconds:.1f} s  → {output}"
@@ -286,39 +277,22 @@ def parse_args():
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or wildcards")
     cli.add_checkpoint(parser, SHIPPED / "photo.pt")
     cli.add_computation(parser, dtype=True)
-    what = "take the images of subfolders, too, which --output then has as well (default: no)"
-    parser.add_argument("--recursive", action="store_true", help=what)
     group = parser.add_argument_group("output")
     group.add_argument("--output", metavar="FILE|FOLDER", help="where to write (default: beside)")
-    what = "replace what is there already (default: no)"
-    group.add_argument("--overwrite", action="store_true", help=what)
-    what = "leave EXIF (with place and date), XMP and resolution out (default: they stay)"
-    group.add_argument("--strip", action="store_true", help=what)
-    what = "leave images out whose output is there already (default: no)"
-    group.add_argument("--skip-existing", action="store_true", help=what)
-    what = "draw before, after and what was removed as well (default: no)"
-    group.add_argument("--compare", action="store_true", help=what)
-    group.add_argument(
-        "--strength",
-        type=Number(float, most=1),
-        default=1.0,
-        help="part of the noise to remove, 0 to 1 (default: 1)",
-    )
-    group.add_argument(
-        "--max-megapixels",
-        type=Number(float, above=True),
-        default=178,
-        metavar="N",
-        help="refuse larger images, as damaged or hostile files claim to be (default: 178)",
-    )
-    group.add_argument(
-        "--tile",
-        type=Number(int, 2 * OVERLAP),
-        default=TILE,
-        metavar="PIXELS",
-        help=f"side of the tiles of large images, at least twice their overlap of {OVERLAP}: "
-        f"memory grows with it (default: {TILE})",
-    )
+    for name, what in (
+        ("--recursive", "take the images of subfolders, too, which --output then has as well"),
+        ("--overwrite", "replace what is there already"),
+        ("--skip-existing", "leave images out whose output is there already"),
+        ("--strip", "leave EXIF (with place and date), XMP and resolution out"),
+        ("--compare", "draw before, after and what was removed as well"),
+    ):
+        group.add_argument(name, action="store_true", help=f"{what} (default: no)")
+    kind, what = Number(float, most=1), "part of the noise to remove, 0 to 1"
+    cli.add_option(group, "--strength", type=kind, default=1, help=what)
+    kind, what = Number(float, above=True), "refuse larger images, as bad files claim to be"
+    cli.add_option(group, "--max-megapixels", type=kind, default=178, metavar="N", help=what)
+    kind, what = Number(int, 2 * OVERLAP), "side of the tiles of large images; memory grows with it"
+    cli.add_option(group, "--tile", type=kind, default=TILE, metavar="PIXELS", help=what)
     return parser.parse_args()
 
 

@@ -10,14 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.options import (
-    Number,
-    as_option,
-    check_fields,
-    given_fields,
-    option,
-    told_as_options,
-)
+from common.options import Number, as_option, check_fields, given_fields, option, told_as_options
 from common.user_errors import UserError
 from experiment.data_parallel import rank, world_size
 from images.degradations import (

@@ -68,13 +68,12 @@ def results_box(checkpoint: dict, result: Evaluation, device: torch.device) -> s
     degradation = degradation_of(recipe)
     of_noise = degradation.task == "denoise"
     before, after = ("noisy", "denoised") if of_noise else ("degraded", "restored")
-    epochs = counted(recipe["epochs"], "epoch")
     experts = "experts, none" if checkpoint["config"].get("capacity") else "experts"
     rows = [
         ("data set", f"{recipe['dataset']}, {counted(len(result.psnr), 'test image')}"),
         ("noise" if of_noise else "task", str(degradation)),
         ("parameters", f"{recipe['parameters']:,}"),
-        ("training", f"{epochs} in {minutes:.1f} min on {device}"),
+        ("training", f"{counted(recipe['epochs'], 'epoch')} in {minutes:.1f} min on {device}"),
         ("best epoch", f"{checkpoint['epoch']}, validation MSE {checkpoint['val_mse']:.5f}"),
         (f"{before} PSNR", f"{plus_minus(result.noisy_psnr, 2)} dB"),
         (f"{after} PSNR", f"{plus_minus(result.psnr, 2)} dB"),

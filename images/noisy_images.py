@@ -94,9 +94,8 @@ class NoisyImageDataset(torch.utils.data.Dataset):
         if self.device.type == "mps":  # which has no float64
             uniform = uniform.float()
         draws = Draws(torch.from_numpy(np.stack(normal)).to(self.device), uniform.to(self.device))
-        return self.degraded(
-            torch.stack(clean).to(self.device).float() / 255, draws, torch.tensor(indices)
-        )
+        clean = torch.stack(clean).to(self.device).float() / 255
+        return self.degraded(clean, draws, torch.tensor(indices))
 
     def degraded(self, clean: Tensor, draws: Draws, indices: Tensor) -> tuple[Tensor, ...]:
         """(noisy, clean, labels, σ of every pixel [n, 3, h, w]) of images of these indices."""

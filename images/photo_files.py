@@ -66,9 +66,8 @@ def read_photo(path: Path | str) -> Photo:
         except UnidentifiedImageError:
             heic = Path(path).suffix.lower() in (".heic", ".heif") and "HEIF" not in formats
             more = "; pip install pillow-heif reads it" if heic else ""
-            raise ValueError(
-                f"no image of {', '.join(formats)}, or of a rare layout{more}"
-            ) from None
+            known = ", ".join(formats)
+            raise ValueError(f"no image of {known}, or of a rare layout{more}") from None
         except Image.DecompressionBombError:
             most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
             raise ValueError(f"more than {most:.0f} megapixels; raise --max-megapixels") from None
@@ -100,9 +99,8 @@ def refuse_raw(image: Image.Image, file: BinaryIO) -> None:
     raw = 50706 in tags or tags.get(254) == 1 or tags.get(262) == MOSAIC
     if 330 in tags:  # directories below the first
         file.seek(0)
-        raw = raw or any(
-            page.photometric == MOSAIC for page in tifffile.TiffFile(file).pages[0].pages
-        )
+        below = tifffile.TiffFile(file).pages[0].pages
+        raw = raw or any(page.photometric == MOSAIC for page in below)
     if raw:
         raise ValueError("a camera's raw file; develop it first, into a TIFF or PNG")
 
@@ -113,9 +111,8 @@ def without_hidden(photo: Photo) -> np.ndarray:
     image = torch.from_numpy(photo.pixels.astype(np.float32) / most).permute(2, 0, 1)[None]
     visible = torch.from_numpy((photo.alpha > 0).astype(np.float32)).permute(2, 0, 1)[None]
     filled = pull_push(image, visible)[0].permute(1, 2, 0).numpy()
-    return np.where(
-        photo.alpha > 0, photo.pixels, (filled * most).round().astype(photo.pixels.dtype)
-    )
+    filled = (filled * most).round().astype(photo.pixels.dtype)
+    return np.where(photo.alpha > 0, photo.pixels, filled)
 
 
 def read_rgb(path: Path | str) -> tuple[np.ndarray, bool]:
@@ -253,11 +250,8 @@ def write_photo(photo: Photo, path: Path) -> None:
                 colours = "minisblack" if grey else "rgb"
                 extra = ["unassalpha"] if photo.alpha is not None else None
                 kind = {"photometric": colours, "extrasamples": extra, "compression": "zlib"}
-                kind |= (
-                    {"resolution": photo.tags.dpi, "resolutionunit": "INCH"}
-                    if photo.tags.dpi
-                    else {}
-                )
+                if photo.tags.dpi:
+                    kind |= {"resolution": photo.tags.dpi, "resolutionunit": "INCH"}
                 tifffile.imwrite(temporary, shown, iccprofile=profile, planarconfig=1, **kind)
             elif not deep:
                 more = photo.tags.for_pillow() | {"icc_profile": profile}

@@ -161,16 +161,13 @@ def draw(rows: list[dict], recipe: dict, names: Sequence[str] = ()) -> Figure:
     images = f"{recipe['dataset']}, {degradation_of(recipe)}"
     shares = next((list(points) for points in drawn.values() if len(points) > 1), [])
     if recipe["tiles"]:
-        title, axis_title = (
-            "Quality in separate tiles and on whole images",
-            "size of tiles (pixels)",
-        )
+        title = "Quality in separate tiles and on whole images"
+        axis_title = "size of tiles (pixels)"
         images += f", trained on crops of {recipe['crop']}×{recipe['crop']}"
     elif shares:
         axis_title += f"; points: {', '.join(reversed(shares))} of the tokens attend"
-    axis.set(
-        title=f"{title}\n{images}", xlabel=axis_title, ylabel="PSNR (dB), mean ± std over seeds"
-    )
+    axis.set(title=f"{title}\n{images}", xlabel=axis_title)
+    axis.set_ylabel("PSNR (dB), mean ± std over seeds")
     axis.spines[["top", "right"]].set_visible(False)  # labels lie there
     axis.grid(alpha=0.3)
     return figure
