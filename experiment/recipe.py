@@ -57,7 +57,9 @@ class Recipe:
         1e-4, "decoupled, of all parameters; by muon, of matrices alone", type=Number(float)
     )
     loss: str = option(
-        "mse", "mean squared error; minus the mean PSNR; a smooth absolute error; or 1 - SSIM"
+        "mse",
+        "mean squared error; minus the mean PSNR; the same where some images are nearly clean; a "
+        "smooth absolute error; or 1 - SSIM",
     )
     # Of the load-balancing loss of each block.
     balance_weight: float = field(default=0.01, metadata={"type": Number(float)})
