@@ -23,7 +23,7 @@ from common.user_errors import UserError, counted, reason, run_main
 from experiment import command_line as cli
 from experiment.evaluation import evaluate, psnr, ssim
 from experiment.reports import plus_minus, print_head, print_row, result_line
-from experiment.tiling import OVERLAP, Tiled, estimate_noise
+from experiment.tiling import OVERLAP, Tiled, noise_at_sizes, whole_noise
 from experiment.trained_model import images_for
 from images.degradations import Degradation, GaussianNoise
 from images.noisy_images import NoisyImageDataset
@@ -106,7 +106,8 @@ def best_of(
     every = math.ceil(len(dataset) / CHOSEN_ON)
     found = {s: measure(denoise, s, dataset, every) for s in strengths}
     for _ in range(MOST_STEPS):
-        best = max(found, key=lambda s: found[s][0].mean())
+        # A blur too small to do anything is as good as another: the larger one goes on from there
+        best = max(found, key=lambda s: (found[s][0].mean(), s))
         if min(found) < best < max(found):
             break
         further = best / STEP if best == min(found) else best * STEP
@@ -116,7 +117,7 @@ def best_of(
 
 def estimated_sigma(noisy: np.ndarray) -> float:
     """σ of the noise of [3, h, w], as `denoise_image.py` prints it; LEAST_SIGMA at least."""
-    return max(LEAST_SIGMA, estimate_noise(noisy.transpose(1, 2, 0)))
+    return max(LEAST_SIGMA, whole_noise(noise_at_sizes(noisy.transpose(1, 2, 0))))
 
 
 def denoise_blindly(noisy: np.ndarray, _: None, name: str, bm3d: Callable | None) -> np.ndarray:

@@ -17,7 +17,13 @@ from conftest import assert_refused, write_images
 from experiment.checkpoints import Trained
 from experiment.tiling import denoise, noise_at_sizes, whole_noise
 from images.camera_noise import NUMBERS, PROPERTIES
-from images.degradations import CameraNoise, Draws, PairedNoise, degradation_of
+from images.degradations import (
+    CameraNoise,
+    Draws,
+    GaussianNoise,
+    PairedNoise,
+    degradation_of,
+)
 from images.image_sources import Split, load_images, shift_of
 from images.noise_statistics import noise_statistics
 from images.noisy_images import NoisyImageDataset
@@ -281,3 +287,10 @@ def test_a_model_that_knows_grey_sees_it_as_it_is():
         model = Shown(share)
         denoise(model, image)
         assert model.grey == bool(share)
+
+
+def test_a_strength_that_does_nothing_is_not_where_the_search_ends(photos):
+    dataset = NoisyImageDataset(photos.test[:4], GaussianNoise(0.2))
+    blur, _ = compare_baselines.baselines(0.2)["Gaussian blur"]
+    strength, _ = compare_baselines.best_of(blur, [0.05, 0.06, 0.07], dataset)
+    assert 0.5 < strength < 2
