@@ -30,6 +30,7 @@ from experiment.checkpoints import write_checkpoint
 from experiment.evaluation import evaluate
 from experiment.recipe import Recipe, changed
 from experiment.trained_model import images_for
+from images import degradations
 from images.degradations import (
     Compression,
     GaussianNoise,
@@ -66,6 +67,8 @@ def test_super_resolution_starts_from_what_pillow_makes(photos, scale):
         small = image.resize((32 // scale,) * 2, Image.Resampling.BICUBIC)
         large = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)) / 255
         assert np.abs(degraded.permute(1, 2, 0).numpy() - large).max() < 2.5 / 255
+        reduced = dataset.degradation.reduced(clean[None])
+        assert torch.equal((255 * reduced).round() / 255, reduced)
 
 
 def test_photographs_lose_the_pixels_that_a_scale_does_not_divide():
@@ -102,6 +105,16 @@ def test_holes_are_filled_from_around_them(seeded, size):
     assert not pull_push(flat, 0 * known).any()
 
 
+def test_far_from_what_is_known_is_the_mean_of_means():
+    """Of pairs of pixels, then of pairs of these, whether one of two is known or both."""
+    known = torch.tensor([1.0, 1, 1, 0, 0, 0, 0, 0])
+    image = torch.tensor([0.1, 0.3, 0.8, 0, 0, 0, 0, 0])
+    mean = (0.2 + 0.8) / 2
+    expected = [0.1, 0.3, 0.8, 0.75 * 0.8 + mean / 4, 0.8 / 4 + 0.75 * mean, mean, mean, mean]
+    filled = pull_push(image.expand(1, 3, 1, 8), known.view(1, 1, 1, 8))
+    assert torch.allclose(filled, torch.tensor(expected))
+
+
 def test_holes_are_of_one_piece_and_of_many():
     """Not single pixels: most unknown pixels have unknown neighbours."""
     masks = [draw_mask((32, 32), (0.1, 0.4), number / 20) for number in range(20)]
@@ -109,6 +122,16 @@ def test_holes_are_of_one_piece_and_of_many():
     around = torch.nn.functional.avg_pool2d(unknown, 3, 1, 1)
     assert around[unknown == 1].mean() > 0.6
     assert len({mask.tobytes() for mask in masks}) == 20
+
+
+def test_holes_are_rectangles_and_strokes_alike(monkeypatch):
+    drawn = []
+    for shape in (degradations.rectangle, degradations.stroke):
+        tell = lambda *how, shape=shape: drawn.append(shape.__name__) or shape(*how)  # noqa: E731
+        monkeypatch.setattr(degradations, shape.__name__, tell)
+    for number in range(20):
+        draw_mask((32, 32), (0.1, 0.4), number / 20)
+    assert 0.3 < drawn.count("stroke") / len(drawn) < 0.7
 
 
 def test_no_share_is_too_small_for_a_hole():
@@ -128,7 +151,10 @@ def test_compression_is_that_of_files_of_the_qualities(photos):
 
 
 def test_noise_in_jpeg_files_is_that_of_pillow(photos):
-    """Of the share, by chance; the others are as without, and all of the same noise."""
+    """Of the share, by chance; the others are as without, and all of the same noise.
+
+    Neither σ nor the quality tells which they are.
+    """
     noise = GaussianNoise((0.05, 0.3))
     without, half, all_of_them = (
         NoisyImageDataset(photos.test[:100], degradation)
@@ -146,11 +172,13 @@ def test_noise_in_jpeg_files_is_that_of_pillow(photos):
         of_all, of_half = (
             qualities_of(dataset[index][0], noisy, range(75, 96)) for dataset in (all_of_them, half)
         )
-        found.append((of_all[0], bool(of_half)))
+        strong = without.sigma(index).max().item() > 0.12
+        found.append((of_all[0], bool(of_half), strong))
         assert of_half or torch.equal(half[index][0], noisy)
-    qualities, chosen = zip(*found, strict=True)
+    qualities, chosen, _ = zip(*found, strict=True)
     assert min(qualities) < 78 and max(qualities) > 92 and len(set(qualities)) > 15
     assert 35 < sum(chosen) < 65
+    assert len({(quality > 85, *others) for quality, *others in found}) == 8
 
 
 def qualities_of(degraded, image, qualities):

@@ -9,7 +9,7 @@ from experiment.tiling import estimate_noise
 from images.degradations import NOISE_MAPS, GaussianNoise
 from images.image_sources import Split
 from images.noisy_images import NoisyImageDataset, noisy_splits
-from images.training_batches import training_batches
+from images.training_batches import random_crop, training_batches
 
 LOW, HIGH = 0.05, 0.4
 any_map = pytest.mark.parametrize("noise_map", NOISE_MAPS)
@@ -59,7 +59,8 @@ def test_flips_mirror_images_and_leave_the_noise(photos):
 
 
 @pytest.mark.parametrize(
-    "level", [-0.1, (0.3, 0.1), float("nan"), (-0.1, 0.2), (0, 0.2), (0.1, 0.2, 0.3), 1e-7]
+    "level",
+    [-0.1, (0.3, 0.1), float("nan"), (-0.1, 0.2), (0, 0.2), (0.1, 0.2, 0.3), 1e-7, (1e-7, 0.2)],
 )
 def test_impossible_noise_levels_are_refused(level):
     with pytest.raises(ValueError, match="noise_level must be"):
@@ -243,6 +244,12 @@ def test_images_of_different_sizes_need_a_crop():
         next(training_batches(dataset, 2, 0, 1))
 
 
+def test_crops_come_from_every_place_up_to_the_edges():
+    image, generator = torch.arange(6 * 7).view(1, 6, 7), torch.Generator().manual_seed(0)
+    corners = [int(random_crop(image, 4, generator)[0, 0, 0]) for _ in range(200)]
+    assert set(corners) == {7 * top + left for top in range(3) for left in range(4)}
+
+
 # Its estimate --------------------------------------------------------------------------------
 
 
@@ -268,3 +275,29 @@ def test_parts_without_noise_do_not_hide_it(channels):
     assert estimate_noise(image[240:]) == pytest.approx(20 / 255, rel=0.15)
     image[:150] = 128
     assert estimate_noise(image) == pytest.approx(20 / 255, rel=0.1)
+
+
+@pytest.fixture
+def noise():
+    return np.random.default_rng(0).standard_normal((192, 192, 3), dtype=np.float32)
+
+
+@pytest.mark.parametrize("edge", [0, 1])
+def test_where_half_of_the_noise_is_clipped_it_does_not_count_unless_all_is_so(noise, edge):
+    wall = np.full_like(noise, edge)
+    assert estimate_noise((wall + 0.1 * noise).clip(0, 1)) == pytest.approx(0.05, rel=0.1)
+    wall[64:] = 0.5
+    assert estimate_noise((wall + 0.1 * noise).clip(0, 1)) == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize(("share", "counts"), [(0.005, True), (0.03, False)])
+def test_blocks_with_a_few_clipped_values_count(noise, share, counts):
+    image = 0.5 + 0.1 * noise
+    image[:64, :128] = 0.5 + 0.02 * noise[:64, :128]
+    image[:64, :128].flat[:: round(1 / share)] = 0
+    assert (estimate_noise(image) < 0.06) == counts
+
+
+def test_the_noise_of_colours_is_their_mean(noise):
+    image = 0.5 + noise * np.float32([0.02, 0.04, 0.12])
+    assert estimate_noise(image) == pytest.approx(0.06, rel=0.1)
