@@ -1,6 +1,8 @@
 """Layer 5, decoded images: read from one file as long as the folder stays as it was."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +78,17 @@ def test_images_are_decoded_anew_when_the_folder_changes(load, folder, change):
         path.rename(path.with_name("009.png"))
     second, count = load()
     assert count == len(second.test) and second.sha256() != first.sha256()
+
+
+@pytest.mark.parametrize("figure", ["st_size", "st_mtime_ns", "st_ctime_ns"])
+def test_size_and_both_times_of_a_file_tell_whether_it_changed(monkeypatch, figure):
+    keys = []
+    for value in (1, 2):
+        state = SimpleNamespace(**{"st_size": 1, "st_mtime_ns": 1, "st_ctime_ns": 1, figure: value})
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "stat", lambda path, state=state: state)
+            keys.append(image_cache.state_of([Path("/a/b.png")], "/a"))
+    assert keys[0] != keys[1]
 
 
 def test_a_damaged_file_of_decoded_images_is_made_anew(load, tmp_path):
