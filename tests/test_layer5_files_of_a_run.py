@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from matplotlib import pyplot as plt
 from PIL import Image
 
 import ablation_study
@@ -165,6 +166,33 @@ def test_of_a_folder_neither_results_nor_hidden_files_are_read(call):
         assert max(picture.size) < 2000
 
 
+def test_a_link_to_nowhere_is_not_written_through(call):
+    Image.new("RGB", (20, 20)).save("a.png")
+    Path("a_denoised.png").symlink_to("nowhere.png")
+    assert_refused(call(denoise_image, "a.png"), "a_denoised.png is there already")
+    assert call(denoise_image, "a.png", "--skip-existing").returncode == 0
+    assert not Path("nowhere.png").exists()
+
+
+@pytest.mark.parametrize("folder", ["out", None])
+def test_names_tell_apart_what_is_written_into_one_folder(tmp_path, folder):
+    paths = [tmp_path / name / file for name, file in (("x", "a.png"), ("y", "a.jpg"))]
+    for path in paths:
+        path.parent.mkdir()
+    output = folder and f"{tmp_path / folder}/"
+    outputs = denoise_image.choose_outputs(paths, output, overwrite=False)
+    names = ("a_png", "a_jpg") if folder else ("a", "a")
+    assert [path.name for path in outputs.values()] == [f"{name}_denoised.png" for name in names]
+
+
+def test_the_picture_shows_what_was_removed():
+    before, after = (np.full((8, 8, 1), value, np.float32) for value in (0.6, 0.5))
+    figure = denoise_image.draw_comparison(before, after, "a.png")
+    shown = [axis.images[0].get_array()[0, 0].tolist() for axis in figure.axes]
+    assert np.allclose(shown, [[0.6] * 3, [0.5] * 3, [0.9] * 3])  # four times a difference of 0.1
+    plt.close(figure)
+
+
 @pytest.mark.parametrize(
     ("channels", "dtype", "output", "words"),
     [(4, np.uint8, "b.jpg", ".jpg has no alpha"), (3, np.uint16, "b.webp", ".webp has no 16 bits")],
@@ -185,6 +213,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), replace_when_complete(path) as temporary:
+        assert temporary.parent == path.parent  # where a name is changed at once
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"

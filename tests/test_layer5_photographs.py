@@ -171,8 +171,8 @@ def test_tiles_cover_every_pixel_once(size):
         total[part] += weights
     assert torch.allclose(total, torch.ones(size))
     assert parts[0][0].start == 0 and parts[-1][0].stop == size
-    for (one, _), (other, _) in itertools.pairwise(parts):
-        assert one.stop - other.start >= 16
+    overlaps = [one.stop - other.start for (one, _), (other, _) in itertools.pairwise(parts)]
+    assert all(16 <= overlap <= min(overlaps) + 1 for overlap in overlaps)  # evenly spread
 
 
 @pytest.mark.parametrize("shape", [(200, 90, 3), (64, 300, 3), (150, 150, 1), (150, 70), (5, 1, 3)])
