@@ -1,5 +1,6 @@
 """Layer 2: routing probabilities, the load-balancing loss and its gradient, utilisation."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter, load_balancing_loss
 from experiment.evaluation import evaluate
 from images.noisy_images import NoisyImageDataset
-from small_vit import SmallViT
+from small_vit import MODELS, SmallViT, with_each_capacity
 from studies.model_variants import (
     VARIANTS,
     OneOfExperts,
@@ -137,6 +138,15 @@ def test_among_equal_tokens_the_first_attend(choosing):
     output, routing = choosing(torch.ones(2, 16, 24, dtype=torch.float64))
     assert choosing.choose(routing).tolist() == [[0, 1, 2, 3]] * 2
     assert (output[0] != 0).any(1).tolist() == [True] * 4 + [False] * 12
+
+
+@pytest.mark.parametrize("divisor", [1, 0])
+def test_a_model_has_its_own_capacity_again_also_after_an_error(divisor):
+    model = SmallViT(MODELS["routed"])
+    with contextlib.suppress(ZeroDivisionError):
+        for capacity in with_each_capacity(model, (1.0, 0.5)):
+            assert model.blocks[1].attention.capacity == capacity / divisor
+    assert model.capacity == MODELS["routed"].capacity
 
 
 @pytest.mark.parametrize("name", ["capacity, by router", "capacity, by router, local"])

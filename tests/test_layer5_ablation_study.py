@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from matplotlib import pyplot as plt
 import ablation_study
 import denoising_experiment_proper as experiment
 from common.user_errors import UserError
-from conftest import ROOT, assert_refused, interrupted_in_epoch, write_images
+from conftest import ROOT, assert_refused, interrupted_in_epoch, same_weights, write_images
 from experiment.checkpoints import complete
 from experiment.recipe import Recipe
 from experiment.reports import plus_minus
 from experiment.tiling import InTiles
+from small_vit import SmallViT
 from studies import study_results
 from studies.model_variants import VARIANTS
 from studies.timing import count_flops
@@ -77,6 +79,20 @@ def test_ablation_study_trains_as_the_training_script_does(call, folder, recipe,
     assert study["recipe"]["noise_map"] == checkpoint["recipe"]["noise_map"]
 
 
+@pytest.mark.parametrize(("name", "weight"), [("published", 0.5), ("no load-balancing loss", 0)])
+def test_a_variant_is_trained_by_the_recipe_and_has_its_best_epoch(monkeypatch, name, weight):
+    recipe, states = Recipe(balance_weight=0.5), [SmallViT().state_dict() for _ in range(2)]
+
+    def train(model, train_set, val_set, asked):
+        assert asked == replace(recipe, balance_weight=weight)
+        return {"best": {"model": states[0]}, "model": states[1]}
+
+    monkeypatch.setattr(ablation_study, "train", train)
+    model = SmallViT()
+    ablation_study.train_variant(name, model, recipe, None, None)
+    assert same_weights(model.state_dict(), states[0])
+
+
 def row(seed, *psnrs):
     """A row of a study, with points of two budgets or, without figures, of a diverged training."""
     places = zip(("100 %", "50 %"), psnrs, (1.26, 0.5), strict=False)
@@ -86,7 +102,7 @@ def row(seed, *psnrs):
 
 
 def test_table_and_picture_tell_means_over_seeds():
-    rows = [row(1, 20.0, 19.0), row(2, 22.0, 21.5), row(3)]
+    rows = [row(1, 22.0, 21.5), row(2, 20.0, 19.0), row(3)]
     table = study_results.markdown(rows, {"lr": 0.5})
     assert table.startswith("lr 0.5\n") and "| MFLOP | training (s) |" in table
     first, second = table.splitlines()[-2:]
@@ -96,6 +112,7 @@ def test_table_and_picture_tell_means_over_seeds():
         "| 15.0 |"
     )
     assert second.startswith(f"{start} 50 % |") and second.endswith("| 0.5 | 15.0 |")
+    assert " | 20.250 ± 1.250 | 19.000 | " in second
     (axis,) = study_results.draw(rows, DRAWN).axes
     assert axis.get_title().endswith("\nphotos, σ = 0.05 to 0.4 (regions)")
     assert axis.get_xlabel().startswith("compute per image (MFLOP)")

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import denoising_experiment_proper as experiment
 import visualize_proper_results
 import visualize_training_data
 from conftest import ROOT, SHORT, assert_refused, read_csv
+from denoising_experiment_proper import RECIPES
 from experiment.evaluation import (
     evaluate,
     psnr,
@@ -113,14 +115,19 @@ def test_checkpoint_says_where_it_comes_from(trained):
         ("best_denoising_model_proper.pt", "published", 26.157, 0.7545),
         ("models/refined.pt", "refined", 26.936, 0.7851),
         ("models/routed.pt", "routed", 24.225, 0.6492),  # σ = 0.2 is none of its training
+        ("models/gaussian.pt", "photographs", 25.807, 0.7556),  # of unclipped noise
     ],
 )
-def test_shipped_checkpoints_are_the_models_of_the_options(
+def test_shipped_checkpoints_are_the_models_of_the_options_and_their_recipes(
     photos, name, model, psnr_mean, ssim_mean
 ):
     """On photographs that none has seen; a model trained on their like has 25.5 dB."""
     shipped = load_model(ROOT / name)
     assert shipped.config == MODELS[model] and not shipped.training
+    own, recipe = shipped.trained.recipe, RECIPES[model]
+    epochs = recipe.epochs if recipe.steps else own.epochs  # which follow from the steps
+    own = replace(own, dtype="float32", epochs=epochs, lossless_share=None)  # of the data set
+    assert own == recipe
     figures = evaluate(shipped, noisy_splits(photos, GaussianNoise())[2]).summary()
     assert figures["psnr_mean"] == pytest.approx(psnr_mean, abs=0.02)
     assert figures["ssim_mean"] == pytest.approx(ssim_mean, abs=0.001)
@@ -190,7 +197,7 @@ def test_the_best_epoch_is_marked_in_the_curve():
     assert list(axis.lines[-1].get_xdata()) == [2, 2]
 
 
-def test_validation_weighs_every_image_alike(vit, photos):
+def test_validation_and_test_weigh_every_image_alike(vit, photos):
     """70 images are batches of 64 and 6."""
     dataset = NoisyImageDataset(photos.val[:70])
     noisy, clean, _ = next(dataset.batches(70))
@@ -198,6 +205,10 @@ def test_validation_weighs_every_image_alike(vit, photos):
     batches = validation_batches(dataset, torch.device("cpu"))
     assert [len(clean) for _, clean in batches] == [64, 6]
     assert validation_mse(vit, batches) == pytest.approx(mse, rel=1e-5)
+    result, rounded = evaluate(vit, dataset), (255 * vit.denoise(noisy)).round() / 255
+    assert result.mse == pytest.approx(mse, rel=1e-5)
+    of_files = [psnr(*pair) for pair in zip(rounded.numpy(), clean.numpy(), strict=True)]
+    assert np.allclose(result.psnr_8_bits, of_files, rtol=0, atol=1e-6)
 
 
 # A loss that is not finite -------------------------------------------------------------------

@@ -18,7 +18,7 @@ from conftest import (
     train_on,
     without_seconds,
 )
-from experiment.checkpoints import check_same_recipe, read_run
+from experiment.checkpoints import check_same_recipe, read_run, write_checkpoint
 from experiment.run_files import RunFiles
 from small_vit import MODELS, SmallViT, ViTConfig, load_model, load_weights
 
@@ -118,6 +118,7 @@ def interrupted(killed, tmp_path, monkeypatch):
         lambda s: s["model"].pop("position"),
         lambda s: s["model"].update(position=torch.zeros(1, 64, 127)),
         lambda s: s["best"]["model"].update(position=torch.full((1, 64, 128), float("inf"))),
+        lambda s: s["best"]["model"].update(position=torch.zeros(1, 64, 127)),
         lambda s: s["best"].pop("val_mse"),
         lambda s: s["history"][0].pop("train_mse"),
         lambda s: s["history"][0].update(seconds="0"),
@@ -157,6 +158,16 @@ def test_states_of_recipes_with_fewer_entries_are_not_refused(interrupted):
             del state["best"]["recipe"][name]
 
     read_run(interrupted(change), {"epochs": 3}, SmallViT())
+
+
+def test_a_checkpoint_of_another_recipe_is_kept(interrupted):
+    """Beside a state whose history it shares."""
+    files = interrupted(lambda state: None)
+    checkpoint = torch.load(files.checkpoint, weights_only=True)
+    for lr, kept in ((checkpoint["recipe"]["lr"], False), (0.5, True)):
+        write_checkpoint(checkpoint | {"recipe": checkpoint["recipe"] | {"lr": lr}}, "m.pt")
+        read_run(files, {"epochs": 3}, SmallViT())
+        assert Path("m.1.pt").exists() == kept
 
 
 def test_good_states_are_not_refused(few, interrupted):

@@ -1,7 +1,9 @@
 """Layer 6, training: a seed repeats, every part of a recipe counts, a step is its definition."""
 
 import copy
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import denoising_experiment_proper as experiment
 from adaptive_attention_moe import load_balancing_loss
 from conftest import (
     Recorder,
+    filled,
     same_weights,
     train_few,
     train_on,
@@ -33,6 +36,13 @@ def test_a_seed_repeats_bit_for_bit(few, default_run):
     again = train_few(few)
     assert same_weights(again["model"], default_run["model"])
     assert without_seconds(again) == without_seconds(default_run)
+
+
+def test_seconds_are_those_since_the_first_epoch_began(few, monkeypatch):
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # ticks when it is read
+    monkeypatch.setattr(experiment, "time", clock)
+    history = train_few(few)["history"]
+    assert [row["seconds"] for row in history] == [1, 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -101,26 +111,32 @@ def test_the_best_epoch_is_kept_and_tested(call, folder, monkeypatch):
 # A step --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("loss", "near"), [("mse", False), ("psnr", False), ("psnr", True)])
-def test_a_training_step_minimises_the_sum_of_both_losses(vit, photos, loss, near):
-    """Its gradients are those of the loss + 0.01 · the load-balancing loss of every block.
-
-    Near the true image the PSNR's stay bounded.
+@pytest.mark.parametrize(
+    ("loss", "near", "capacity"),
+    [("mse", False, None), ("psnr", False, None), ("psnr", True, None), ("mse", False, 0.5)],
+)
+def test_a_training_step_minimises_the_sum_of_both_losses(seeded, photos, loss, near, capacity):
+    """Its gradients are those of the loss + 0.01 · the load-balancing loss of every block, with
+    its capacity. Near the true image the PSNR's stay bounded.
     """
+    vit = filled(SmallViT(replace(MODELS["published"], capacity=capacity)))
     noisy, clean, _ = next(NoisyImageDataset(photos.train).batches(4))
     with torch.no_grad():
         for block in vit.blocks:
-            block.attention.router.mlp[-1].bias.copy_(torch.tensor([3.0, 0.0, -3.0]))
+            block.attention.router.mlp[-1].bias[:3] = torch.tensor([3.0, 0.0, -3.0])
     image, routings = vit(noisy)
     clean = image.detach() + 1e-3 * torch.randn_like(clean) if near else clean
     errors = (image - clean).square().mean((1, 2, 3))
     objective = errors.mean() if loss == "mse" else (errors + 1e-5).log10().mean() / 100
-    (objective + 0.01 * sum(map(load_balancing_loss, routings))).backward()
+    balance = sum(load_balancing_loss(routing, capacity) for routing in routings)
+    (objective + 0.01 * balance).backward()
     torch.nn.utils.clip_grad_norm_(vit.parameters(), 1.0)
     expected = [p.grad.clone() for p in vit.parameters()]
     still = torch.optim.SGD(vit.parameters(), 0.0)
-    measured, _ = experiment.training_step(vit, still, noisy, clean, Recipe(loss=loss))
+    step = experiment.make_step(vit, vit, still, Recipe(loss=loss, batch_size=4))
+    measured, of_routers = step(1, noisy, clean)  # the second, of the capacity 0.5
     assert measured == pytest.approx(errors.mean().item(), rel=1e-5)
+    assert of_routers == pytest.approx(balance.item(), rel=1e-5)
     for parameter, gradient in zip(vit.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6 if near else 1e-7)
 
