@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 import benchmark
 from common.user_errors import UserError
-from studies import benchmark_large
+from studies import benchmark_large, timing
 from studies.model_variants import make_yardsticks
 from studies.timing import peaks_apart
 
@@ -53,6 +54,19 @@ def test_memory_is_seen_in_a_process_of_its_own():
     assert more > less >= 0
     with pytest.raises(UserError, match=r"measuring memory was ended; .* --rows"):
         peaks_apart(os._exit, 1, device=cpu)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seconds", "taken"), [(5, 1e9, [3, 1, 5, 4, 9]), (5, 2, [3, 1, 5]), (2, 0, [3, 1])]
+)
+def test_the_median_is_told_of_the_rounds_after_a_warm_up(monkeypatch, rounds, seconds, taken):
+    """Of 3 at least where they take too long."""
+    clock, lengths = [0], {"a": iter([100, 3, 1, 5, 4, 9]), "b": iter([1] * 6)}
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    functions = {name: lambda n=name: clock.append(clock.pop() + next(lengths[n])) for name in "ab"}
+    medians = timing.alternate(functions, rounds, seconds, torch.device("cpu"))
+    assert medians == {"a": np.median(taken), "b": 1}
+    assert len(list(lengths["b"])) == 5 - len(taken)
 
 
 def test_benchmark_lengthens_sequences_with_real_patches(vit):
