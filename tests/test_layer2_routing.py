@@ -10,12 +10,7 @@ from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter, load_balan
 from experiment.evaluation import evaluate
 from images.noisy_images import NoisyImageDataset
 from small_vit import MODELS, SmallViT, with_each_capacity
-from studies.model_variants import (
-    VARIANTS,
-    OneOfExperts,
-    UniformRouter,
-    spread_ranks,
-)
+from studies.model_variants import VARIANTS, OneOfExperts, UniformRouter, spread_ranks
 from studies.reference import straightforward_expert
 
 

@@ -9,11 +9,7 @@ from conftest import Recorder
 from layers import topk_attention as door
 from layers.conv_stages import NAFBlock
 from layers.topk_attention import TIES, topk_attention
-from studies.reference import (
-    gather_attention,
-    straightforward_expert,
-    straightforward_moe,
-)
+from studies.reference import gather_attention, straightforward_expert, straightforward_moe
 
 
 def loop_attention(query, key, value, k_attend):

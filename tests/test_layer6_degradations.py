@@ -16,14 +16,7 @@ import denoising_experiment_proper as experiment
 import visualize_proper_results
 from common.options import as_option
 from common.user_errors import UserError
-from conftest import (
-    SHORT,
-    assert_refused,
-    filled,
-    interrupted_in_epoch,
-    run_here,
-    same_weights,
-)
+from conftest import SHORT, assert_refused, filled, interrupted_in_epoch, run_here, same_weights
 from denoise_image import photograph_model
 from denoising_experiment_proper import RECIPES
 from experiment.checkpoints import write_checkpoint

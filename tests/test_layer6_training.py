@@ -12,14 +12,7 @@ from torch.nn.utils import parameters_to_vector
 
 import denoising_experiment_proper as experiment
 from adaptive_attention_moe import load_balancing_loss
-from conftest import (
-    Recorder,
-    filled,
-    same_weights,
-    train_few,
-    train_on,
-    without_seconds,
-)
+from conftest import Recorder, filled, same_weights, train_few, train_on, without_seconds
 from denoising_experiment_proper import RECIPES, Recipe
 from experiment.evaluation import evaluate
 from experiment.muon import Muon, make_optimizer, orthogonalised
