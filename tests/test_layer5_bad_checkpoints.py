@@ -166,14 +166,6 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(trained, call):
     assert "\x1b" not in process.stderr + process.stdout
 
 
-@pytest.mark.parametrize("experts", [2, 4])
-def test_figures_of_another_number_of_experts_disagree(trained, call, experts):
-    loads = [[*of, 0.1][:experts] for of in trained.checkpoint["test"]["utilisation"]]
-    path = forge(trained, "forged.pt", "test.utilisation", loads)
-    process = call(debug_evaluation, "--checkpoint", path, "--dataset", "photos")
-    assert process.returncode == 1 and "2 of" in process.stdout
-
-
 def test_hooks_of_a_weight_are_dropped(tmp_path):
     weight = torch.zeros(2)
     weight._backward_hooks = "none"  # as the unpickler leaves what a damaged file says

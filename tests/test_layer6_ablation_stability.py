@@ -9,7 +9,6 @@ from adaptive_attention_moe import AdaptiveAttentionMoE, load_balancing_loss
 from images.degradations import GaussianNoise
 from images.noisy_images import NoisyImageDataset
 from small_vit import SmallViT
-from studies.model_variants import UniformRouter, with_routers
 
 # Ablations -----------------------------------------------------------------------------------
 
@@ -24,13 +23,6 @@ def test_fewer_keys_move_the_output_further_from_dense(vit):
     distances = [(image - dense).square().mean().item() for image in images.values()]
     assert len(distances) == 5
     assert distances == sorted(distances) and distances[0] > 0
-
-
-def test_uniform_routing_differs_from_the_routers(vit):
-    noisy = torch.rand(2, 3, 32, 32)
-    before = vit.denoise(noisy)
-    with_routers(vit, lambda _, experts: UniformRouter(experts))
-    assert (vit.denoise(noisy) - before).abs().max() > 1e-4
 
 
 def test_positions_matter(vit, photos):
