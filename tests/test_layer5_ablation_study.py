@@ -116,8 +116,10 @@ def test_table_and_picture_tell_means_over_seeds():
     (axis,) = study_results.draw(rows, DRAWN).axes
     assert axis.get_title().endswith("\nphotos, σ = 0.05 to 0.4 (regions)")
     assert axis.get_xlabel().startswith("compute per image (MFLOP)")
-    ((line, *_),) = axis.containers
+    ((line, _, (bars,)),) = axis.containers
     assert line.get_xydata().tolist() == [[0.5, 20.25], [1.26, 21.0]]
+    assert [np.ptp(bar[:, 1]) for bar in bars.get_segments()] == pytest.approx([2.5, 2.0])
+    assert axis.texts[0].xy == (1.26, 21.0)
     plt.close("all")
 
 
@@ -220,28 +222,29 @@ def test_a_variant_that_diverges_does_not_end_the_study(study):
 
 def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
     for part in ("train", "test"):
-        write_images(tmp_path / "few" / part, 2, size=(50, 40))
+        write_images(tmp_path / "few" / part, 3, size=(50, 40))
     options = ("--dataset", tmp_path / "few", "--recipe", "photographs", "--crop", 16)
     options += ("--steps", 1, "--seeds", 0, 1)
     names = ("photographs", "photographs, dense")
-    process = call(ablation_study, *options, "--variants", *names, "--tiles", 48, 32, 48)
+    process = call(ablation_study, *options, "--variants", *names, "--tiles", 50, 32, 50)
     assert process.returncode == 0, process.stderr
     rows = json.loads(Path("ablation_study.json").read_text())["rows"]
     places = ["all"] + [
-        f"{kind}tiles of {n}×{n}" for n in (32, 48) for kind in ("", "overlapping ")
+        f"{kind}tiles of {n}×{n}" for n in (32, 50) for kind in ("", "overlapping ")
     ]
     assert [[point["at"] for point in row["points"]] for row in rows] == [places] * 4
     for row in rows:
-        whole, small, overlapping, *_ = row["points"]
+        whole, small, overlapping, _, in_one = row["points"]
         assert len({point["psnr"] for point in (whole, small, overlapping)}) == 3
+        assert in_one["psnr"] == pytest.approx(whole["psnr"], abs=1e-4)  # of no tile's border
         assert small["ssim"] is None
         flops = count_flops(VARIANTS[row["variant"]]().eval(), torch.rand(1, 3, 16, 16))
         assert whole["mflops"] == flops / 1e6 and small["mflops"] is None  # of a crop alone
     table = Path("ablation_study.md").read_text()
-    assert len(re.findall(r"\| tiles of 48×48 \| .* ± .* \| – \| – \| ", table)) == 2
+    assert len(re.findall(r"\| tiles of 50×50 \| .* ± .* \| – \| – \| ", table)) == 2
     assert Path("ablation_study.png").stat().st_size > 10_000
     process = call(ablation_study, *options, "--variants", *names)
-    assert_refused(process, "tiles [32, 48]")
+    assert_refused(process, "tiles [32, 50]")
     process = call(ablation_study, *options, "--tiles", 32, 64, "--output", "new.json")
     assert_refused(process, "--tiles 64: no side of a test image is above 50")
     process = call(ablation_study, *options, "--tiles", 32, "--task", "inpaint")

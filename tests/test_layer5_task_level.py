@@ -126,8 +126,7 @@ def test_shipped_checkpoints_are_the_models_of_the_options_and_their_recipes(
     assert shipped.config == MODELS[model] and not shipped.training
     own, recipe = shipped.trained.recipe, RECIPES[model]
     epochs = recipe.epochs if recipe.steps else own.epochs  # which follow from the steps
-    own = replace(own, dtype="float32", epochs=epochs, lossless_share=None)  # of the data set
-    assert own == recipe
+    assert replace(own, dtype="float32", epochs=epochs, lossless_share=None) == recipe
     figures = evaluate(shipped, noisy_splits(photos, GaussianNoise())[2]).summary()
     assert figures["psnr_mean"] == pytest.approx(psnr_mean, abs=0.02)
     assert figures["ssim_mean"] == pytest.approx(ssim_mean, abs=0.001)

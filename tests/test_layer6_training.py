@@ -32,8 +32,8 @@ def test_a_seed_repeats_bit_for_bit(few, default_run):
 
 
 def test_seconds_are_those_since_the_first_epoch_began(few, monkeypatch):
-    clock = SimpleNamespace(perf_counter=itertools.count().__next__)  # ticks when it is read
-    monkeypatch.setattr(experiment, "time", clock)
+    ticks = itertools.count()
+    monkeypatch.setattr(experiment, "time", SimpleNamespace(perf_counter=ticks.__next__))
     history = train_few(few)["history"]
     assert [row["seconds"] for row in history] == [1, 2, 3]
 
