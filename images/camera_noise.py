@@ -20,7 +20,7 @@ from images.jpeg_files import as_images, as_pixels, jpeg_round_trip
 PROPERTIES = ("correlation", "colours", "brightness", "files")
 OF_CAMERA, OF_FILE = 16, 8  # uniform numbers that decide
 NUMBERS = OF_CAMERA + OF_FILE
-CLEAN_SHARE = 0.25  # of the images without a camera's noise; the others have white noise
+CLEAN_SHARE = 0.1  # of the images without a camera's noise; the others have white noise
 WHITE_LEVEL = (0.01, 0.3)  # σ of white noise
 EDGE = 6 / 255  # gradient at which half of an edge's additional noise is reached
 

@@ -150,7 +150,7 @@ class CameraNoise(Degradation):
 
     camera_share: float = option(
         0.6,
-        "of --noise camera: part of the images that have it; a quarter of the others are clean, "
+        "of --noise camera: part of the images that have it; a tenth of the others is clean, "
         "the rest have white noise",
         type=Number(float, most=1),
         metavar="SHARE",
