@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter
+from adaptive_attention_moe import AdaptiveAttentionMoE
 from layers.conv_stages import in_fastest_layout
 from small_vit import MODELS, SmallViT, zero_
 from studies.reference import straightforward_moe
@@ -106,48 +106,7 @@ def noise_estimate(noisy: Tensor, patch: int) -> Tensor:
     return F.avg_pool2d(left, patch, ceil_mode=True).flatten(1)
 
 
-# Which expert a token has ----------------------------------------------------------------------
-
-
-class OneOfExperts(nn.Module):
-    """Attention in which every token has the queries and the output of one expert.
-
-    Keys and values are shared, so that it computes as much as one expert for all tokens. A router
-    chooses, and weighs its choice (Switch, Fedus et al. 2021); if it is not `learned`, the place of
-    a token does, scattered evenly over the 64 of an image.
-    """
-
-    def __init__(self, d_model=128, num_heads=4, num_experts=3, learned=True):
-        super().__init__()
-        self.num_heads = num_heads
-        self.router = TokenRouter(d_model, num_experts) if learned else None
-        self.query = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(num_experts))
-        self.key, self.value = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
-        self.out_proj = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(num_experts))
-        self.merge = nn.Linear(d_model, d_model)
-
-    def forward(self, x):
-        """As AdaptiveAttentionMoE's."""
-        experts = len(self.query)
-        if self.router:
-            routing = self.router(x)  # [B, N, E]
-        else:
-            places = spread_ranks(x.shape[1], x.device) % experts
-            routing = F.one_hot(places, experts).to(x.dtype).expand(len(x), -1, -1)
-        weight, choice = routing.max(-1, keepdim=True)  # [B, N, 1]
-        projected = (by_expert(self.query, x, choice), self.key(x), self.value(x))
-        heads = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in projected]
-        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return self.merge(weight * by_expert(self.out_proj, attended, choice)), routing
-
-
-def by_expert(layers: nn.ModuleList, x: Tensor, choice: Tensor) -> Tensor:
-    """[B, N, D] -> the same: every token by the layer that `choice` [B, N, 1] names."""
-    flat, result = x.flatten(0, 1), torch.empty_like(x).flatten(0, 1)
-    for expert, layer in enumerate(layers):
-        rows = (choice.flatten() == expert).nonzero().flatten()
-        result = result.index_copy(0, rows, layer(flat[rows]))
-    return result.view_as(x)
+# In the place of attention ---------------------------------------------------------------------
 
 
 def with_attention(model: SmallViT, make_layer: Callable) -> SmallViT:
@@ -231,8 +190,6 @@ VARIANTS = {
     "dense, one expert": vit(k_attend=(64,)),
     "dense, one expert, widened": vit(k_attend=(64,), d_model=172, d_ff=344),
     "dense, one expert, local": vit(k_attend=(64,), local=True),
-    "one of 3 experts, by the router": vit(attention=OneOfExperts),
-    "one of 3 experts, by place": vit(attention=partial(OneOfExperts, learned=False)),
     "refined": vit("refined"),
     "refined, dense, one expert": vit("refined", k_attend=(64,)),
     "refined, no attention": vit("refined", attention=NoAttention, d_ff=564),
@@ -252,7 +209,6 @@ VARIANTS = {
     "capacity, by pattern, local": of_tokens(choice=by_pattern, local=True),
     "photographs, capacity, by router": vit("routed-photographs"),
     "photographs, capacity, by pattern": vit("routed-photographs", choice=by_pattern),
-    "photographs, dense, capacity, by router": vit("routed-photographs", k_attend=(ALL_KEYS,)),
 }
 
 # Yardsticks of the benchmark -----------------------------------------------------------------

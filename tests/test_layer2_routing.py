@@ -10,7 +10,7 @@ from adaptive_attention_moe import AdaptiveAttentionMoE, TokenRouter, load_balan
 from experiment.evaluation import evaluate
 from images.noisy_images import NoisyImageDataset
 from small_vit import MODELS, SmallViT, with_each_capacity
-from studies.model_variants import VARIANTS, OneOfExperts, UniformRouter, spread_ranks
+from studies.model_variants import VARIANTS, UniformRouter, spread_ranks
 from studies.reference import straightforward_expert
 
 
@@ -214,23 +214,6 @@ def test_chance_draws_other_tokens_for_every_image_and_pass():
     routing = torch.rand(2, 64, 2)
     drawn = [sorted(places.tolist()) for _ in range(2) for places in layer.choose(routing)]
     assert len(set(map(tuple, drawn))) == 4
-
-
-@pytest.mark.parametrize("learned", [True, False])
-def test_one_of_experts_is_the_expert_that_a_token_has(seeded, learned):
-    layer = OneOfExperts(24, 3, 3, learned).double()
-    x = torch.randn(2, 16, 24, dtype=torch.float64)
-    output, routing = layer(x)
-    weight, choice = routing.max(-1)
-    assert len(choice.unique()) > 1
-    key, value = (p(x).unflatten(-1, (3, 8)).transpose(1, 2) for p in (layer.key, layer.value))
-    for image, token in ((0, 0), (1, 5), (1, 15)):
-        expert = choice[image, token]
-        query = layer.query[expert](x[image, token]).view(3, 1, 8)
-        scores = query @ key[image].transpose(-2, -1) / 8**0.5
-        attended = (scores.softmax(-1) @ value[image]).flatten()
-        expected = layer.merge(weight[image, token] * layer.out_proj[expert](attended))
-        assert torch.allclose(output[image, token], expected, atol=1e-10)
 
 
 # Routers of the ablation study ---------------------------------------------------------------

@@ -14,7 +14,6 @@ from images.training_batches import training_batches
 from layers import topk_attention as door
 from layers.topk_attention import TIES, topk_attention
 from small_vit import SmallViT
-from studies.model_variants import OneOfExperts
 from studies.reference import straightforward_moe
 from studies.timing import count_bytes, count_flops
 
@@ -68,15 +67,6 @@ def test_flops_fall_with_the_capacity_as_the_formula_says(seeded, capacity):
     of_chosen = experts * (2 * width * width + 2 * tokens * width) + width * width
     expected = 2 * batch * (router + keys_and_values + chosen * of_chosen)
     assert count_flops(layer, torch.randn(batch, tokens, width)) == expected
-
-
-@pytest.mark.parametrize("learned", [True, False])
-def test_one_of_three_experts_computes_as_much_as_one(seeded, learned):
-    x = torch.randn(3, 64, 128)
-    flops = count_flops(OneOfExperts(learned=learned), x)
-    one = count_flops(AdaptiveAttentionMoE(k_attend=(64,)), x)
-    router = 2 * 3 * 64 * 128 * 64
-    assert flops - one == (2 * 3 * 64 * 64 * 2 if learned else -router - 2 * 3 * 64 * 64)
 
 
 def test_flops_of_inference_per_image():
