@@ -1,15 +1,8 @@
-"""What a study found: its JSON file, a Markdown table and a picture.
-
-    python -m studies.study_results results/regions.json figures/capacity_regions.png \\
-        "capacity, by router" "capacity, by noise" "capacity, by pattern"
-
-draws the picture again from a JSON file, with the variants that are named or with all.
-"""
+"""What a study found: its JSON file, a Markdown table and a picture."""
 
 import json
 import os
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from common.options import Number
-from common.safe_files import check_picture, write_figure, write_text
-from common.user_errors import UserError, run_main
-from experiment import command_line as cli
+from common.safe_files import write_figure, write_text
+from common.user_errors import UserError
 from experiment.checkpoints import is_utilisation, require
 from experiment.evaluation import spread
 from experiment.recipe import Recipe
@@ -137,16 +129,11 @@ def markdown(rows: list[dict], recipe: dict) -> str:
 # Picture -------------------------------------------------------------------------------------
 
 
-def draw(rows: list[dict], recipe: dict, names: Sequence[str] = ()) -> Figure:
-    """Figure: PSNR, mean ± std over seeds, against compute or, for tiles, against their size.
-
-    Args:
-        rows, recipe: of a study.
-        names: of the variants to draw, the first of them in colour; without any, all.
-    """
+def draw(rows: list[dict], recipe: dict) -> Figure:
+    """Figure: PSNR, mean ± std over seeds, against compute or, for tiles, against their size."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    found = {name: points for name, points in points_of(rows).items() if points}
-    drawn, labels = {name: found[name] for name in names or found}, []
+    drawn = {name: points for name, points in points_of(rows).items() if points}
+    labels = []
     for number, (name, points) in enumerate(drawn.items()):
         curve = against_size(points) if recipe["tiles"] else against_compute(points)
         places = [place for place, _ in curve]
@@ -197,28 +184,3 @@ def push_apart(labels: list[Text], least: float) -> None:
         heights[1:] += missing
     for text, height in zip(labels, heights, strict=True):
         text.xy = (text.xy[0], height)
-
-
-def main() -> int:
-    command = "python -m studies.study_results"
-    example = f"{command} results/regions.json figures/capacity_regions.png"
-    parser = cli.make_parser("Draws the picture of a study from its JSON file.", example)
-    parser.prog = command
-    parser.add_argument("study", metavar="FILE.json", help="what ablation_study.py has written")
-    parser.add_argument("picture", metavar="PICTURE", help="file to write: .png, .pdf or .svg")
-    what = f"of the study, to draw; the first {COLOURS} in colour (default: all)"
-    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=what)
-    args = parser.parse_args()
-    recipe, rows = read_study(Path(args.study))
-    trained = [name for name, points in points_of(rows).items() if points]
-    for name in args.variants:
-        if name not in trained:
-            raise UserError(f"{args.study} has no {name!r}, but {'; '.join(trained)}")
-    check_picture(args.picture)
-    write_figure(draw(rows, recipe, args.variants), args.picture, dpi=150)
-    print(f"wrote {args.picture}")
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

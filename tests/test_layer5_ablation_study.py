@@ -123,15 +123,11 @@ def test_table_and_picture_tell_means_over_seeds():
     plt.close("all")
 
 
-def test_the_picture_of_a_study_is_drawn_again(call):
-    """With the curves that are named, each of which has its label."""
-    study = ROOT / "results" / "regions.json"
-    process = call(study_results, study, "p.png", "capacity, by noise")
-    assert process.returncode == 0 and Path("p.png").stat().st_size > 10_000
-    assert_refused(call(study_results, study, "p.png", "older"), "has no 'older', but ")
-    recipe, rows = study_results.read_study(study)
-    names = ["capacity, by noise", "capacity, by router"]
-    (axis,) = study_results.draw(rows, recipe, names).axes
+def test_each_curve_of_a_picture_has_its_label():
+    recipe, rows = study_results.read_study(ROOT / "results" / "regions.json")
+    names = ["capacity, by router", "capacity, by noise"]
+    kept = [row for row in rows if row["variant"] in names]
+    (axis,) = study_results.draw(kept, recipe).axes
     assert [text.get_text() for text in axis.texts] == names
     plt.close("all")
 
