@@ -1,6 +1,5 @@
-"""Seconds, memory, operations and bytes of functions, measured side by side."""
+"""Seconds, memory and operations of functions, measured side by side."""
 
-import math
 import multiprocessing
 import platform
 import statistics
@@ -11,10 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.user_errors import UserError
@@ -49,30 +45,6 @@ def count_flops(function: Callable, *inputs) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function(*inputs)
     return counter.get_total_flops()
-
-
-def count_bytes(function: Callable, *inputs) -> int:
-    """Bytes that the operators of function(*inputs) read and write, one by one, views left out."""
-    with _ByteCounter() as counter:
-        function(*inputs)
-    return counter.total
-
-
-class _ByteCounter(TorchDispatchMode):
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if not function.is_view and function is not torch.ops.aten._unsafe_view.default:
-            leaves = tree_leaves((args, kwargs, result))
-            self.total += sum(_bytes_of(leaf) for leaf in leaves if isinstance(leaf, Tensor))
-        return result
-
-
-def _bytes_of(tensor):
-    """What it takes in memory, where what is expanded lies once."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.element_size() * math.prod(size for size, step in sizes if step)
 
 
 def peaks_apart(runs: Callable[..., Iterator], *arguments, device: torch.device) -> list[int]:
