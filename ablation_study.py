@@ -4,10 +4,9 @@
     python ablation_study.py --dataset photos --epochs 2 --seeds 0  # some minutes on 2 CPU cores
 
 Every variant has the same data, noise, steps, learning rates and seeds, in the loop of the
-training script. A run that was interrupted goes on where it stopped, since finished trainings are
-read from the output file. Writes a JSON file and, named after it, a Markdown table and a picture of
-PSNR against compute or, with --tiles, against their size. Variants in which a share of the tokens
-attends are tested with every share.
+training script. Finished trainings are read from the output file, so that an interrupted study goes
+on. Writes a JSON file and, named after it, a Markdown table and a picture of PSNR against compute
+or, with --tiles, against their size. A model with a capacity is tested with every share of tokens.
 """
 
 import copy
@@ -47,11 +46,7 @@ IN_TILES = {TILES_OF: InTiles, "overlapping tiles of ": Tiled}  # the latter as 
 
 
 def make_variant(name: str, channels: int) -> nn.Module:
-    """A variant, untrained, that reads images of so many channels.
-
-    Raises:
-        UserError: it reads three, always.
-    """
+    """A variant, untrained, that reads images of so many channels; a UserError if it cannot."""
     try:
         return VARIANTS[name](**({} if channels == 3 else {"in_channels": channels}))
     except TypeError:
@@ -123,11 +118,7 @@ def mean_psnr(model: nn.Module, dataset: NoisyImageDataset, device: torch.device
 
 
 def read_rows(output: Path, recipe: dict) -> list[dict]:
-    """Rows of an earlier run of the same recipe.
-
-    Raises:
-        UserError: the file is of another recipe or of other variants, or none of this script.
-    """
+    """Rows of an earlier run; a UserError if it had another recipe, or other variants."""
     if not os.path.exists(output):
         return []
     earlier, rows = read_study(output)

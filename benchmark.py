@@ -3,10 +3,9 @@
     python benchmark.py --dataset photos          # a quarter of an hour on 2 CPU cores
     python benchmark.py --dataset photos --quick  # a minute or two
 
-The yardsticks are the straightforward implementation, which gathers the selected values, and a
-vision transformer of the same width with ordinary dense attention; the refined and the routed
-model, trained by their own recipes, are shown beside them. All alternate in one run, after a
-warm-up; a figure is the median. Prints its tables and writes benchmark_results.json.
+The yardsticks are the straightforward implementation, which gathers the selected values, ordinary
+dense attention of the same width, and the refined and the routed model with their own recipes. All
+take turns in one run, after a warm-up; a figure is the median. Writes benchmark_results.json.
 """
 
 import json
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from common.safe_files import check_writable, write_text
-from common.user_errors import UserError, counted, run_main
+from common.user_errors import counted, run_main
 from denoising_experiment_proper import RECIPES, training_step
 from experiment import command_line as cli
 from experiment.cuda_graphs import WARM_UP_STEPS, ReplayedModel, ReplayedStep, compiled, replayed
@@ -73,9 +72,7 @@ def forward(module: nn.Module, inputs: Tensor, in_dtype: Callable) -> None:
 def function_of(
     row: str, name: str, model: SmallViT, batch: tuple[Tensor, Tensor], effort: Effort
 ) -> Callable[[], None]:
-    """What a row times of a yardstick; all but the straightforward one is compiled and replayed as
-    a training does it.
-    """
+    """What a row times of a yardstick: all but the straightforward one replayed, as in training."""
     images, fast = batch[0], name != "straightforward"
     in_dtype = partial(cli.autocast, images.device, effort.dtype)
     model.train(not row.startswith("inference"))
@@ -87,24 +84,14 @@ def function_of(
         recipe = replace(RECIPES.get(name, RECIPES["published"]), dtype=effort.dtype)
         optimizer = make_optimizer(model, recipe.optimizer, 1e-4, recipe.weight_decay)
         step = partial(training_step, fast_model, optimizer, recipe=recipe, capacity=model.capacity)
-        return partial(recorded(replayed(step, optimizer), batch) if fast else step, *batch)
+        step = replayed(step, optimizer) if fast else step
+        if isinstance(step, ReplayedStep):
+            for _ in range(WARM_UP_STEPS + 1):  # in the last of which it is recorded
+                step(*batch)
+        return partial(step, *batch)
     function = partial(forward, ReplayedModel(fast_model) if fast else model, images, in_dtype)
     function()  # a pass is recorded when it comes again
     return function
-
-
-def recorded(step: Callable, batch: tuple[Tensor, Tensor]) -> Callable:
-    """The step, after those in which it is recorded where it can be.
-
-    Raises:
-        UserError: it should have been and was not.
-    """
-    if isinstance(step, ReplayedStep):
-        for _ in range(WARM_UP_STEPS + 1):
-            step(*batch)
-        if not step.graph:
-            raise UserError("there is no replayed step to time; drop this row from --rows")
-    return step
 
 
 def measure(

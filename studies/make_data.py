@@ -5,9 +5,8 @@
         --kodak Kodak24
 
 `cifar10_partial` comes from the original CIFAR-10 (Krizhevsky, University of Toronto), which is
-downloaded where it is missing, 170 MB. Nine in ten of its training images become JPEG files. Those
-of our figures were encoded by a public image-folder copy of the data set: another encoder changes a
-few hundredths of a decibel.
+downloaded where it is missing, 170 MB. Nine in ten of its training images become JPEG files, by
+another encoder than those of the figures, which changes a few hundredths of a decibel.
 
 `photographs` comes from three collections that you get yourself:
 
@@ -43,10 +42,8 @@ QUALITY = 75  # of the JPEG files
 
 @contextlib.contextmanager
 def folder_when_complete(path: str) -> Iterator[Path]:
-    """Yields a new folder beside `path`; renames it to `path` when the block succeeds.
-
-    Raises:
-        UserError: `path` is there and no empty folder, or something cannot be read or written.
+    """Yields a new folder beside `path`; renames it to `path` when the block succeeds. A UserError
+    if `path` is there and no empty folder, or something cannot be read or written.
     """
     place = Path(os.path.realpath(path))
     try:
@@ -94,10 +91,8 @@ def write_images(folder: Path, names: Sequence[str], data: Any) -> None:
 
 
 def make_photographs(folder: Path, bsds: str, leave_out: str, kodak: str) -> None:
-    """Copies BSDS500 without CBSD68 into train/ and Kodak24 into test/, byte for byte.
-
-    Raises:
-        UserError: these are not the published collections, by number or size.
+    """Copies BSDS500 without CBSD68 into train/ and Kodak24 into test/, byte for byte; a UserError
+    if these are not the published collections, by number or size.
     """
     photographs = {path.stem: path for path in list_images(bsds) if path.suffix == ".jpg"}
     left_out = photographs.keys() & {path.stem for path in list_images(leave_out)}

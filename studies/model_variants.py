@@ -62,10 +62,8 @@ def drawn_ranks(tokens: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def spread_ranks(tokens: int, device: torch.device | None = None) -> Tensor:
-    """Ranks of a square grid's tokens, int64 [tokens]: however many come first, they lie evenly.
-
-    The threshold matrix of ordered dithering ("An optimum method for two-level rendition of
-    continuous-tone pictures", Bayer 1973).
+    """Ranks of a square grid's tokens, int64 [tokens]: however many come first, they lie evenly, as
+    by the threshold matrix of ordered dithering (Bayer 1973).
     """
     side, order = math.ceil(tokens**0.5), torch.zeros(1, 1, dtype=torch.int64)
     while len(order) < side:
@@ -75,20 +73,14 @@ def spread_ranks(tokens: int, device: torch.device | None = None) -> Tensor:
 
 
 def with_choice(model: SmallViT, choice: Callable) -> SmallViT:
-    """The model, in whose blocks choice(number of the block, routing) ranks the tokens. The router
-    goes on to weigh those that it does not choose.
-    """
+    """The model, where choice(number of the block, routing) ranks the tokens in place of p_none."""
     for number, block in enumerate(model.blocks):
         block.attention.rank_tokens = partial(choice, number)
     return model
 
 
 class NoisiestAttend(SmallViT):
-    """The tokens of the noisiest patches attend: a rule made by hand in place of a learned choice.
-
-    Noise is what a filter leaves that takes out the image's Laplacian ("Fast Noise Variance
-    Estimation", Immerkær 1996).
-    """
+    """The tokens of the noisiest patches attend: a rule made by hand, in place of a learned one."""
 
     def forward(self, noisy):
         """As SmallViT's."""
@@ -98,7 +90,9 @@ class NoisiestAttend(SmallViT):
 
 
 def noise_estimate(noisy: Tensor, patch: int) -> Tensor:
-    """[B, 3, h, w] -> [B, N], in proportion to σ in each patch of a flat image."""
+    """[B, 3, h, w] -> [B, N], in proportion to σ in each patch of a flat image: what is left where
+    the Laplacian is taken out ("Fast Noise Variance Estimation", Immerkær 1996).
+    """
     line = noisy.new_tensor([1.0, -2.0, 1.0])
     kernel = torch.outer(line, line).expand(noisy.shape[1], 1, 3, 3)
     padded = F.pad(noisy, (1, 1, 1, 1), mode="replicate")
@@ -131,11 +125,11 @@ class NoAttention(nn.Module):
 
 
 class DnCNN(nn.Module):
-    """17 convolutions of 64 channels with batch normalisation that predict the noise.
+    """Convolutions with batch normalisation that predict the noise, [B, 3, h, w] -> the same
+    ("Beyond a Gaussian Denoiser", Zhang et al. 2017).
 
-    "Beyond a Gaussian Denoiser", Zhang et al. 2017. [B, 3, h, w] -> [B, 3, h, w]. The inner ones
-    start as the identity and the last at zero. Drawn at random, so many in a row without skips
-    blur each pixel's noise beyond recovery, and training hardly starts.
+    The inner ones start as the identity and the last at zero: drawn at random, so many in a row
+    without skips blur each pixel's noise beyond recovery, and training hardly starts.
     """
 
     def __init__(self, depth=17, channels=64):
@@ -165,9 +159,7 @@ def vit(
     attention: Callable | None = None,
     **changes,
 ) -> Callable[..., SmallViT]:
-    """A function(**more changes) that makes one of MODELS with other values of its ViTConfig, with
-    a choice of the tokens for `with_choice` and a layer for `with_attention`.
-    """
+    """A function(**more changes) that makes one of MODELS with other values of its ViTConfig."""
 
     def make(**more):
         variant = kind(replace(MODELS[model], **changes, **more))
@@ -248,7 +240,7 @@ YARDSTICKS = {
 
 
 def make_yardsticks(device: torch.device, names: Iterable[str]) -> dict[str, SmallViT]:
-    """{name: model on the device, of weights that its name decides}."""
+    """{name: model on the device}, each with the same weights in every process."""
     models = {}
     for name in names:
         torch.manual_seed(0)

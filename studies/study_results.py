@@ -37,10 +37,8 @@ LINE_HEIGHT = 0.04  # of a label, as a part of the axis
 
 
 def files_of(output: Path) -> tuple[Path, Path, Path]:
-    """The JSON file and, named after it, the table and the picture.
-
-    Raises:
-        UserError: it is no .json, or one of them is there without it: somebody else's.
+    """The JSON file and, named after it, table and picture; a UserError if it is no .json, or one
+    of these is there without it: somebody else's.
     """
     if output.suffix != ".json":
         raise UserError(f"--output {output}: name a .json file; table and picture stand beside it")
@@ -59,11 +57,7 @@ def write_study(files: tuple[Path, Path, Path], recipe: dict, rows: list[dict]) 
 
 
 def read_study(path: Path) -> tuple[dict, list[dict]]:
-    """The recipe and the rows of a JSON file.
-
-    Raises:
-        UserError: it is no study's, or cannot be read.
-    """
+    """The recipe and the rows of a JSON file; a UserError if it is no study's."""
     try:
         study = json.loads(path.read_text(encoding="utf-8"))
         require(study, STUDY, path)
@@ -166,9 +160,7 @@ def against_compute(points: dict[str, list[dict]]) -> list[tuple[float, list[dic
 
 
 def against_size(points: dict[str, list[dict]]) -> list[tuple[str, list[dict]]]:
-    """[(size of the tiles, then "whole", points over seeds)]; of a model with a capacity, whole
-    images with its own.
-    """
+    """[(size of the tiles, then "whole", points over seeds)], whole with the model's capacity."""
     tiles = [(a.removeprefix(TILES_OF), p) for a, p in points.items() if a.startswith(TILES_OF)]
     own = share_name(MODELS["routed-photographs"].capacity)
     return [*tiles, ("whole", points.get("all") or points[own])]

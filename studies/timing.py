@@ -20,10 +20,8 @@ from experiment.command_line import select_device
 def alternate(
     functions: dict[str, Callable], rounds: int, seconds: float, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of each function on a device, after a warm-up.
-
-    They take turns, so that drift hits all alike: `rounds` rounds, or 3 if these take as many
-    seconds.
+    """Median seconds of each function, which take turns so that drift hits all alike: after a
+    warm-up `rounds` rounds, or 3 if these take as many seconds.
     """
     times = {name: [] for name in functions}
     for number in range(rounds + 1):
@@ -48,13 +46,11 @@ def count_flops(function: Callable, *inputs) -> int:
 
 
 def peaks_apart(runs: Callable[..., Iterator], *arguments, device: torch.device) -> list[int]:
-    """Extra bytes at the peak after each run of a series but the first, beyond that after it.
+    """Bytes at the peak after each run of a series but the first, beyond those after the first.
 
     runs(*arguments) runs something before each yield, on a CPU in a process of its own: in this
-    one, memory that was freed before would be taken again unseen.
-
-    Raises:
-        UserError: the process was ended, as systems do where memory runs out.
+    one, memory that was freed before would be taken again unseen. Where memory runs out the system
+    ends it, which is a UserError.
     """
     if device.type == "cuda":
         return _peaks(runs, arguments, device)
