@@ -25,13 +25,7 @@ from layers.topk_attention import topk_attention
 class SparseAttentionExpert(nn.Module):
     """Multi-head self-attention in which every query and head keeps its top-k keys.
 
-    Args:
-        d_model: channels of a token, D.
-        num_heads: heads, H; has to divide d_model.
-        k_attend: keys kept per query and head, capped at the number of tokens.
-
-    Raises:
-        ValueError: an argument is out of its range.
+    A ValueError if num_heads does not divide d_model or k_attend, capped at N, is below 1.
     """
 
     def __init__(self, d_model: int = 128, num_heads: int = 4, k_attend: int = 32):
@@ -68,12 +62,7 @@ class SparseAttentionExpert(nn.Module):
 class TokenRouter(nn.Module):
     """Reads each token and gives it one probability per expert: D -> D/2 -> ReLU -> E -> softmax.
 
-    Args:
-        d_model: channels of a token, at least 2.
-        num_experts: experts to choose among, at least 1.
-
-    Raises:
-        ValueError: an argument is out of its range.
+    A ValueError if d_model is below 2 or num_experts below 1.
     """
 
     def __init__(self, d_model: int = 128, num_experts: int = 3):
@@ -99,14 +88,12 @@ class AdaptiveAttentionMoE(nn.Module):
     Shazeer et al. 2017, before its top-k gate), so the router is trained by backpropagation alone.
 
     Args:
-        d_model: channels of a token, D.
-        num_heads: heads of each expert; has to divide d_model.
+        d_model, num_heads: of every expert.
         k_attend: one budget per expert, any number of them in any order. A budget at or above
             the number of tokens makes its expert dense.
         capacity: share of the tokens that attend, above 0, at most 1: those to which the router
             gives the least of one more choice, not to attend ("Mixture-of-Depths", Raposo et al.
-            2024). May be set to another share at any time. None: all of them, without such a
-            choice.
+            2024). May be set to another share at any time. None: all attend.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -143,18 +130,10 @@ class AdaptiveAttentionMoE(nn.Module):
         self._capacity = share
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixes the experts' outputs for every token.
+        """[B, N, D] -> the same and the routing probabilities [B, N, E]; else a ValueError.
 
-        Args:
-            x: tokens [B, N, D].
-
-        Returns:
-            Tuple of the output [B, N, D] and the routing probabilities [B, N, E]. With a capacity
-            the output is zero for tokens that do not attend, which `choose` names, and there is one
-            more probability, the last, that of not attending: [B, N, E + 1].
-
-        Raises:
-            ValueError: x is not [B, N, D].
+        With a capacity the output is zero for tokens that do not attend, all but those that
+        `choose` names, and the last of E + 1 probabilities is that of not attending.
         """
         d_model = self.merge.in_features
         if x.ndim != 3 or x.shape[-1] != d_model:
@@ -200,14 +179,10 @@ def check_capacity(share: float) -> None:
 def load_balancing_loss(routing: Tensor, capacity: float | None = None) -> Tensor:
     """KL(uniform ‖ mean routing probability) / E: zero when all experts carry the same load.
 
-    Args:
-        routing: probabilities [..., E]; the mean is taken over the leading dimensions, one or more.
-        capacity: share of the tokens that attend. The last of `routing` is then the probability
-            not to attend, whose load should be what remains, and the E - 1 experts share the rest.
-
-    Returns:
-        Scalar, at least 0 (up to rounding). Its gradient pushes probability to experts that are
-        used less than 1/E.
+    routing [..., E] -> scalar, at least 0 (up to rounding), whose gradient pushes probability to
+    experts that are used less than 1/E; the mean is over all leading dimensions, one or more. With
+    a capacity, the share of the tokens that attend, the last of `routing` is the probability not to
+    attend, whose load should be what remains, and E - 1 experts share the rest.
     """
     num_experts = routing.shape[-1]
     load = routing.flatten(0, -2).mean(dim=0)  # [E]

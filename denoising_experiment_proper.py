@@ -116,16 +116,10 @@ def training_step(
 ) -> Tensor:
     """One step on a batch: loss + balance_weight · Σ over blocks of the load-balancing loss.
 
-    Args:
-        model: denoiser in training mode.
-        optimizer: of its parameters.
-        noisy, clean: [B, in_channels, h, w] and [B, 3, h, w] on the model's device.
-        recipe: its loss, balance_weight and dtype count. bfloat16 runs matrix products under
-            cli.autocast; weights, tokens and losses stay in float32.
-        capacity: that which the model has, None if it has none.
-
-    Returns:
-        float32 [2] on the model's device: mean squared error and sum of the load-balancing losses.
+    noisy [B, in_channels, h, w] and clean [B, 3, h, w] on the device of the model, which is in
+    training mode and has this capacity -> float32 [2]: mean squared error and sum of the
+    load-balancing losses. Of the recipe its loss, balance_weight and dtype count; in bfloat16,
+    weights, tokens and losses stay in float32.
     """
     with cli.autocast(noisy.device, recipe.dtype):
         restored, routings = model(noisy)  # [B, 3, h, w], blocks times [B, N, E]
@@ -144,13 +138,9 @@ def make_step(
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
     """The step of a training: function(number of the step, noisy, clean) -> as training_step.
 
-    A model with a capacity takes those of CAPACITIES in turn, and keeps the last.
-
-    Args:
-        model: denoiser; takes what is not of the full size, an epoch's last batch.
-        fast: the same, compiled or for several processes, whose steps are replayed where they can.
-        optimizer: of its parameters.
-        recipe: as of training_step.
+    A model with a capacity takes those of CAPACITIES in turn, and keeps the last. `fast` is the
+    same model, compiled or for several processes, whose steps are replayed where they can be; the
+    model itself takes what is not of the full size, an epoch's last batch.
     """
     capacities = CAPACITIES if getattr(model, "capacity", None) else (None,)
     takes = [partial(training_step, recipe=recipe, capacity=share) for share in capacities]

@@ -21,11 +21,7 @@ SHARE = Number(float, above=True, most=1)
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """What a SmallViT is built from; the defaults are the published model.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
+    """What a SmallViT is built from, or a ValueError; the defaults are the published model."""
 
     in_channels: int = option(3, "or 4, with a mask of the known pixels", choices=(3, 4))
     image_size: int = option(32, "side of the training's images; others work as well", type=SIZE)
@@ -126,16 +122,9 @@ class TransformerBlock(nn.Module):
 
 
 class SmallViT(nn.Module):
-    """Vision transformer that maps a noisy image to a clean one; 599,689 parameters by default.
+    """Vision transformer that maps a noisy image to a clean one; 599,689 parameters by default."""
 
-    Args:
-        config: ViTConfig.
-
-    Attributes:
-        trained: experiment.checkpoints.Trained, what the checkpoint says that `load_model` read:
-            its recipe, and with it the noise that it is for; None of another model.
-    """
-
+    # What the checkpoint says that `load_model` read: its recipe, the noise that it is for.
     trained: Trained | None = None
 
     def __init__(self, config=MODELS["published"]):
@@ -172,12 +161,9 @@ class SmallViT(nn.Module):
 
     @property
     def capacity(self):
-        """Share of the tokens that attend in each block; None: there is no such choice.
+        """Share of the tokens that attend in each block, above 0, at most 1; None: no such choice.
 
-        It may be set at any time, also after training, to above 0 and at most 1.
-
-        Raises:
-            ValueError: it is set out of its range, or the model was built without a capacity.
+        A model that was built with one may be set to another at any time; else a ValueError.
         """
         return getattr(self.blocks[0].attention, "capacity", None)  # studies put in other layers
 
@@ -190,21 +176,12 @@ class SmallViT(nn.Module):
                 block.attention.capacity = share
 
     def forward(self, noisy: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Denoises images.
+        """[B, in_channels, h, w] -> images [B, 3, h, w] and each block's routing [B, N, E].
 
-        Args:
-            noisy: [B, in_channels, h, w], any h and w: the image is continued by reflection to
-                multiples of patch_size. The position embedding is interpolated (bicubic) to
-                another number of patches than that of the training.
-
-        Returns:
-            Tuple of images [B, 3, h, w] and the list of each block's routing probabilities
-            [B, N, E]. The images are in [0, 1] in evaluation mode. In training mode they are not
-            clamped: a clamp has no gradient outside its range, and a model that once paints
-            everything black would stay black.
-
-        Raises:
-            ValueError: the images have another shape.
+        Of any h and w: the image is continued by reflection to multiples of patch_size, and the
+        position embedding interpolated (bicubic). In evaluation mode the result is in [0, 1]. In
+        training mode it is not clamped: a clamp has no gradient outside its range, and a model that
+        once paints everything black would stay black. A ValueError for another shape.
         """
         patch, (*_, height, width) = self.config.patch_size, noisy.shape
         channels = self.config.in_channels
@@ -281,16 +258,13 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def load_model(path: str | Path) -> SmallViT:
-    """The trained model of a checkpoint file, in evaluation mode, on the CPU.
+    """The trained model of a checkpoint file, in evaluation mode, on the CPU; else a UserError.
 
     The name of a shipped one, such as "photo", will do where there is no such file.
 
     What it is for stands in its `trained`: `model.trained.recipe.degradation` is the noise, or what
     else it removes, `model.trained.recipe.crop` tells a model for photographs from one for
     thumbnails, and `model.trained.checkpoint["test"]` has the figures of its test.
-
-    Raises:
-        UserError: the file is missing, damaged, or no checkpoint of such a model.
     """
     shipped = SHIPPED / f"{path}.pt"
     path = shipped if os.path.isfile(shipped) and not os.path.exists(path) else path
@@ -326,12 +300,9 @@ def build_model(checkpoint: dict, path: str | Path) -> SmallViT:
 
 
 def load_weights(model: SmallViT, path: str | Path) -> None:
-    """Gives a SmallViT the weights of a checkpoint, to train on from them.
+    """Gives a SmallViT the weights of a checkpoint, to train on from them; else a UserError.
 
     Budgets may differ: the same weights keep any number of keys.
-
-    Raises:
-        UserError: as load_model does; or the checkpoint is of another configuration.
     """
     trained = load_model(path)
     for name, value in asdict(model.config).items():

@@ -19,10 +19,9 @@ PASSES = weakref.WeakKeyDictionary()  # {model: (where its weights lie, the pass
 
 
 def replayed(step, optimizer):
-    """A training step that is replayed where that works: on a CUDA device, in a single process.
+    """A step(noisy, clean) that is replayed where that works: on a CUDA device, in one process.
 
-    The step, a function(noisy, clean) -> tensor, never waits for the device. Between steps nothing
-    but the learning rates of its optimizer may change.
+    It never waits for the device; between steps, only its optimizer's learning rates may change.
     """
     on_cuda = optimizer.param_groups[0]["params"][0].is_cuda
     return ReplayedStep(step, optimizer) if on_cuda and world_size() == 1 else step
@@ -82,12 +81,11 @@ class ReplayedStep:
 
 
 class ReplayedModel:
-    """A model's passes without gradients, replayed on a CUDA device, elsewhere as they come.
+    """A model's passes in evaluation mode, replayed on a CUDA device, elsewhere as they come.
 
-    A pass is recorded when a shape of batches comes for the second time, in one dtype and with one
-    capacity of the model; of MOST_SHAPES the one that was longest unused is dropped. What cannot be
-    recorded is left to the model, which has to be in evaluation mode. What is recorded stays with
-    the model, for all that replay it, until its weights move; in place they may change at any time.
+    A pass is recorded when a shape of batches comes for the second time; what cannot be recorded is
+    left to the model. It stays with the model, for all that replay it, until its weights move to
+    other memory or MOST_SHAPES others were used since.
     """
 
     def __init__(self, model):

@@ -75,9 +75,7 @@ def sharpness(restored: np.ndarray, clean: np.ndarray) -> float:
 
 
 def eval_batches(dataset: NoisyImageDataset, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """Batches of a size that fits a CPU's cache or fills a GPU; depends on the kind of device
-    alone, so that a figure never depends on how a script batches.
-    """
+    """Batches of a size for the kind of device, so that no figure depends on a script's batches."""
     return dataset.batches(64 if device.type == "cpu" else 1000)
 
 
@@ -91,9 +89,7 @@ def validation_batches(dataset: NoisyImageDataset, device: torch.device) -> list
 
 
 def validation_mse(model: nn.Module, batches: list[tuple]) -> float:
-    """Mean over the images of each one's mean squared error; of `validation_batches` on the device
-    of the model, which is left in evaluation mode.
-    """
+    """Mean of the images' mean squared errors; leaves the model in evaluation mode."""
     model.eval()
     with torch.inference_mode():
         restored = (restore_any_size(model, noisy)[0] for noisy, _ in batches)

@@ -44,10 +44,9 @@ class Muon(torch.optim.AdamW):
     Its entries are scaled by 0.2 √max(m, n), so that learning rate and weight decay mean what they
     mean to AdamW (Liu et al. 2025, "Muon is Scalable for LLM Training").
 
-    The Muon of torch and that of timm take one matrix after the other. A small model has dozens of
-    equal shape and spends most of such a step on starting operations; here they are one batch.
-    Learning rate and betas are AdamW's; the weight decay is of the matrices alone, and so is the
-    momentum, which is Nesterov's.
+    torch's Muon takes one matrix after the other. A small model has dozens of equal shape, and most
+    of such a step would go into starting operations; here they are one batch. Weight decay and
+    momentum, Nesterov's, are of the matrices alone.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, betas=(0.9, 0.95)):

@@ -23,13 +23,8 @@ def images_for(
             from which images draw theirs; otherwise its middle is taken.
         noise: fields of GaussianNoise that replace those of the training; None does not.
 
-    Returns:
-        ImageSource, and data sets for training, validation and test: the test's alone is there
-        unless same_images.
-
-    Raises:
-        UserError: the images cannot be had, are others than those of the training, or the model is
-            not for noise; or a value of the noise is out of its range.
+    Returns the ImageSource and (train, val, test), the test alone unless same_images. A UserError
+    if the images cannot be had, or the model or the noise is not for them.
     """
     recipe, about, path = trained.recipe, trained.checkpoint["recipe"], trained.path
     dataset = dataset or dataset_of(trained, same_images)
@@ -65,13 +60,10 @@ def images_for(
 
 
 def dataset_of(trained: Trained, same_images: bool) -> str:
-    """The --dataset of a model's training.
+    """The --dataset of a model's training; a UserError if it was a folder that is not there.
 
     Earlier versions noted no folder: their models are tested on CIFAR-10, or the same images are to
     be named.
-
-    Raises:
-        UserError: it was a folder that is not there, or not noted.
     """
     name = trained.checkpoint["recipe"]["dataset"]
     known = {"photos": "photos", "CIFAR-10": "cifar10"}
