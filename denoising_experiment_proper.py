@@ -138,9 +138,8 @@ def make_step(
 ) -> Callable[[int, Tensor, Tensor], Tensor]:
     """The step of a training: function(number of the step, noisy, clean) -> as training_step.
 
-    A model with a capacity takes those of CAPACITIES in turn, and keeps the last. `fast` is the
-    same model, compiled or for several processes, whose steps are replayed where they can be; the
-    model itself takes what is not of the full size, an epoch's last batch.
+    A model with a capacity takes those of CAPACITIES in turn, and keeps the last. `fast`, the same
+    model compiled or for several processes, takes all but an epoch's smaller last batch.
     """
     capacities = CAPACITIES if getattr(model, "capacity", None) else (None,)
     takes = [partial(training_step, recipe=recipe, capacity=share) for share in capacities]
@@ -175,7 +174,6 @@ def train(
 
     Args:
         model: denoiser on the device of train_set.
-        recipe: with the epochs that its steps take.
         files: to write after every epoch; None writes nothing.
         about: what the checkpoint says besides weights, epoch and validation MSE.
         state: what an earlier run returned, or left in files.resume, to go on from.
@@ -296,8 +294,9 @@ def main():
     files = RunFiles(Path(args.output or output_name(args)))
     if files.checkpoint.suffix != ".pt":
         raise UserError(f"--output {files.checkpoint}: name a .pt file")
-    if args.resume:
-        check_resumable(files)  # before images are read
+    if args.resume and not files.resume.is_file():
+        none = f"--resume: there is no interrupted run at {files.resume}"
+        raise UserError(f"{none}; start one without --resume")
     with (
         joined(cli.select_device(args.device, args.threads)) as device,
         locked(files.all) if rank() == 0 else nullcontext(),

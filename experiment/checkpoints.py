@@ -236,13 +236,6 @@ def save_run(state: dict, files: RunFiles, fresh: bool = False) -> None:
         files.saved = True
 
 
-def check_resumable(files: RunFiles) -> None:
-    """Raises a UserError where no run was interrupted."""
-    if not os.path.isfile(files.resume):
-        none = f"--resume: there is no interrupted run at {files.resume}"
-        raise UserError(f"{none}; start one without --resume")
-
-
 def read_run(files: RunFiles, recipe: dict, model: nn.Module) -> dict:
     """The state from which a run of this recipe and model goes on, or a UserError that says why."""
     path = files.resume

@@ -62,12 +62,10 @@ def add_option(group, name: str, **settings) -> None:
 
 
 def add_fields(group, kind: type, names: Iterable[str] = (), with_defaults=True, **changes) -> None:
-    """Options out of those fields of a dataclass that common.options.option made.
+    """Options out of those fields of a dataclass that common.options.option made, or of some.
 
-    Args:
-        names: of the fields; without any, all.
-        with_defaults: else an option that is not given is None.
-        changes: {name of a field: settings of add_argument in place of what it declares}.
+    Without defaults, an option that is not given is None. changes: {name of a field: settings of
+    add_argument in place of what it declares}.
     """
     for declared in fields(kind):
         if "help" in declared.metadata and (not names or declared.name in names):
@@ -125,12 +123,8 @@ def add_task(parser, default: str) -> None:
 
 
 def add_recipe(parser, recipes: Mapping[str, Recipe], without=(), **choices: Iterable[str]) -> None:
-    """--recipe, and an option for every setting of a training.
-
-    Args:
-        recipes: by their names, the first of which is the default.
-        without: fields of Recipe that the script decides itself.
-        choices: {field: its values}, where other rooms know them.
+    """--recipe, the first by default, and an option for every setting of a training but those that
+    the script decides itself, `without`; choices: {field: its values}, where other rooms know them.
     """
     add_task(parser, "those of the recipe, below")
     group = parser.add_argument_group("training", "by default that of the recipe, below")

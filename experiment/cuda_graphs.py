@@ -28,10 +28,8 @@ def replayed(step, optimizer):
 
 
 class ReplayedStep:
-    """Takes the first steps as they come, records one, and replays it from then on.
-
-    Batches of another shape than the first are left to the step itself; so are all where it cannot
-    be recorded, which is said.
+    """Takes the first steps as they come, records one, and replays it from then on; batches of
+    another shape, or all where it cannot be recorded, are left to the step itself.
     """
 
     def __init__(self, step, optimizer):

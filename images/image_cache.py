@@ -18,9 +18,8 @@ def cached_decode(paths: list[Path], cache_dir: str | Path, decode: Callable) ->
     """What decode(paths) returns for image files, or what it returned for the same files before.
 
     That is read from a file in `cache_dir` as long as names, sizes and times of the image files,
-    all of one folder, are the same. Where two runs write it at once, either leaves a complete one;
-    where it is damaged or cannot be written, the images are decoded. Files that "files" does not
-    have are tried again, since another time may have more memory.
+    all of one folder, are the same. Where it is damaged or cannot be written, they are decoded.
+    Those that "files" does not have are tried again, since another time may have more memory.
     """
     if len(paths) < LEAST_FILES:
         return decode(paths)

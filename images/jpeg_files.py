@@ -11,12 +11,9 @@ from torch import Tensor
 def jpeg_round_trip(
     pixels: np.ndarray, quality: int, colours: str = "4:2:0", place: tuple = (0, 0)
 ) -> np.ndarray:
-    """What is left of an image, uint8 [h, w, 3], after Pillow has written it as JPEG.
+    """What is left of an image, uint8 [h, w, 3], after Pillow has written it as JPEG of a quality.
 
-    Args:
-        quality: 1 to 95; above it Pillow's files grow and hardly gain.
-        colours: their resolution: "4:2:0" has half of it, "4:4:4" all.
-        place: (row, column) of the image in a larger one, whose blocks of 8 or 16 it then has.
+    The place, (row, column), is that of the image in a larger one, whose blocks it then has.
     """
     file, (top, left) = io.BytesIO(), place
     part = np.pad(pixels, ((top, 0), (left, 0), (0, 0)), mode="symmetric")
@@ -25,10 +22,8 @@ def jpeg_round_trip(
 
 
 def through_jpeg(images: Tensor, quality: tuple, numbers: Tensor) -> Tensor:
-    """What is left of images [n, 3, h, w] after Pillow has written them as JPEG.
-
-    They are clamped to [0, 1] and rounded to 8 bits first. The numbers, [n] in [0, 1), decide over
-    the quality of each, between the least and the most.
+    """The same of [n, 3, h, w] in [0, 1]; numbers [n] in [0, 1) decide over the quality of each,
+    between the least and the most.
     """
     low, high = quality
     pixels = as_pixels(images)

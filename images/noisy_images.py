@@ -18,12 +18,10 @@ CROPS_PER_PHOTOGRAPH = 64  # in an epoch, of images that are kept whole
 class NoisyImageDataset(torch.utils.data.Dataset):
     """Clean images and what a degradation makes of them: noisy = clamp(clean + σ·N(0, 1), 0, 1).
 
-    Of pairs, [n, 6, h, w] with the noisy image after the true one, see PairedNoise.
-    The images stay uint8 tensors on `device`, where training draws its noise, too. There are two
-    kinds of noise, both reproducible: `dataset[i]` and `batches()` give image i the same noise
-    whatever the batch size, the order, the device or the run (validation and test);
-    `training_batches` draw fresh noise in every epoch. The number of a stream keeps the noise of
-    one split apart from that of another.
+    Of pairs, [n, 6, h, w] with the noisy image after the true one, see PairedNoise. The images stay
+    uint8 tensors on `device`. `dataset[i]` and `batches()` give image i the same noise whatever the
+    batch size, the order, the device or the run (validation and test); `training_batches` draw
+    fresh noise in every epoch. The number of a stream keeps the noise of the splits apart.
 
     Raises a ValueError if the images are not uint8 [n, 3, h, w] or a list of [3, h, w].
     """

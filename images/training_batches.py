@@ -41,13 +41,8 @@ def training_batches(
     one model. The last batch may be smaller.
 
     Args:
-        lossless_share: part of the samples to draw from losslessly stored images; None: all once.
-        flip: mirror each image left to right with probability 1/2.
-        transpose: turn each image upside down, and then swap its axes, each with probability 1/2;
-            with `flip`, all eight symmetries occur. For square images.
-        crop: side of the random crops to take; None takes whole images, which must be of one size.
-        resize: (low, high) of the factor by which RESIZED of the crops are scaled, log-uniform.
-        gray_share: part of the images, by chance, that are made grey.
+        lossless_share, flip, transpose, crop, resize, gray_share: as of a Recipe; RESIZED of the
+            crops are resized.
         with_sigma: yield σ of every pixel, float32 [n, 3, h, w], as the fourth of a batch.
         share: (number, processes): of the whole batches, every so many-th image from that on; all
             processes together yield what one would.

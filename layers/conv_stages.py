@@ -41,9 +41,8 @@ class NAFBlock(nn.Module):
     """A gated depthwise convolution, then a gated feed-forward network.  [B, C, h, w] -> same.
 
     The block of NAFNet ("Simple Baselines for Image Restoration", Chen et al. 2022) without its
-    channel attention, and without biases of the 1×1 convolutions: the norms and the depthwise
-    convolution have some, and the gradient of each takes one more pass over a feature map. There,
-    each half starts as the identity by a learned scale of zero; here its last layer is zero.
+    channel attention, the biases of its 1×1 convolutions, each of whose gradients takes one more
+    pass over a feature map, and its learned scales: each half starts as the identity by zeros.
     """
 
     def __init__(self, channels):

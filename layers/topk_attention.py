@@ -21,18 +21,9 @@ def topk_attention(query, key, value, k_attend):
     """Scaled dot-product attention in which every query attends to its top-k keys.
 
     softmax over {j : s_ij among the k_attend largest of row i}, with s = query keyᵀ / √d_head
-    ("Explicit Sparse Transformer", Zhao et al. 2019). The selection is exact.
-    Keys that tie with the k-th largest score are all kept, so that the result never depends on
-    the order of the keys. Memory grows linearly with the number of tokens. There are five ways:
-
-    - k_attend >= N_k is dense attention;
-    - on a GPU with Triton, short sequences are one kernel, see `layers/topk_kernel.py`;
-    - scores below each row's k-th largest are masked, and plain matrix products do the rest: at
-      moderate lengths this is faster than gathering the selected values;
-    - where all scores would be more than MAX_SCORES, that is done in blocks of queries, which are
-      recomputed in the backward pass;
-    - and if, besides, k_attend <= N_k / SPARSE_RATIO, only the selected scores of each block are
-      kept, and all that follows, backward pass included, costs O(N_q · k_attend).
+    ("Explicit Sparse Transformer", Zhao et al. 2019). The selection is exact. Keys that tie with
+    the k-th largest score are all kept, so that the result never depends on their order. Memory
+    grows linearly with the number of tokens. ARCHITECTURE.md has the five ways to compute it.
 
     query [..., N_q, d_head], key [..., N_k, d_head], value [..., N_k, d_value], all of the same
     leading dimensions -> [..., N_q, d_value]. Raises a ValueError if k_attend is below 1.
