@@ -197,10 +197,6 @@ def run_study(args, recipe, files, device):
         raise UserError(f"{recipe.degradation}: there is no noise to remove; raise --noise-level")
     source = load_images(args.dataset, args.data_dir, crop=recipe.crop)
     train_set, val_set, test_set = recipe.splits(source)
-    if args.tiles:
-        largest = max(max(image.shape[1:]) for image in test_set.split.images)
-        if args.tiles[-1] > largest:
-            raise UserError(f"--tiles {args.tiles[-1]}: no side of a test image is above {largest}")
     recipe = recipe.of_steps(train_set)
     settings = {
         "dataset": source.name,

@@ -1,4 +1,4 @@
-"""Times layer, training and evaluation side by side with yardsticks, and how the layer grows.
+"""Times layer, training and inference side by side with yardsticks, and how the layer grows.
 
     python benchmark.py --dataset photos          # a quarter of an hour on 2 CPU cores
     python benchmark.py --dataset photos --quick  # a minute or two
@@ -22,7 +22,6 @@ from common.user_errors import counted, run_main
 from denoising_experiment_proper import RECIPES, training_step
 from experiment import command_line as cli
 from experiment.cuda_graphs import WARM_UP_STEPS, ReplayedModel, ReplayedStep, compiled, replayed
-from experiment.evaluation import evaluate
 from experiment.muon import make_optimizer
 from experiment.recipe import Recipe
 from experiment.reports import print_head, print_row
@@ -34,10 +33,8 @@ from studies import benchmark_large as large
 from studies.model_variants import YARDSTICKS, make_yardsticks
 from studies.timing import alternate, processor_name
 
-SIDE_BY_SIDE = (
-    *("layer forward", "layer forward+backward", "training step", "inference"),
-    *("inference, 1,000 images", "evaluation"),
-)
+SIDE_BY_SIDE = ("layer forward", "layer forward+backward", "training step")
+SIDE_BY_SIDE += ("inference", "inference, 1,000 images")
 ROWS = (*SIDE_BY_SIDE, "tokens", "photograph", "tiles")
 
 
@@ -48,7 +45,6 @@ class Effort:
     rounds: int = 15
     seconds: float = 30
     batch_size: int = 64
-    evaluation_images: int = 10_000
     tokens: tuple = (64, 256, 1024, 4096, 16384)
     tiles: tuple = ((64, 16), (128, 16), (256, 16), (256, 32), (512, 32), (1024, 32))  # overlaps
     dtype: str = "float32"  # of matrix products
@@ -56,9 +52,7 @@ class Effort:
     seed: int = 42
 
 
-QUICK = Effort(
-    rounds=2, seconds=3, evaluation_images=256, tokens=(64, 256, 1024), tiles=((64, 16), (128, 16))
-)
+QUICK = Effort(rounds=2, seconds=3, tokens=(64, 256, 1024), tiles=((64, 16), (128, 16)))
 
 
 # Side by side --------------------------------------------------------------------------------
@@ -95,23 +89,16 @@ def function_of(
 
 
 def measure(
-    row: str,
-    models: dict[str, SmallViT],
-    train_set: NoisyImageDataset,
-    eval_set: NoisyImageDataset,
-    effort: Effort,
+    row: str, models: dict[str, SmallViT], train_set: NoisyImageDataset, effort: Effort
 ) -> dict:
     """Times one row and prints it; returns its figures."""
     device, names = train_set.device, list(models)
     batch_size = 1000 if row.endswith("1,000 images") else effort.batch_size
     batch = next(training_batches(train_set, batch_size, effort.seed, epoch=1))[:2]
-    images = len(eval_set) if row == "evaluation" else len(batch[0])
-    if row == "evaluation" or (images >= 1000 and device.type == "cpu"):
-        names.remove("straightforward")  # takes minutes, and inference has a row of its own
-    if row == "evaluation":
-        functions = {name: partial(evaluate, models[name], eval_set) for name in names}
-    else:
-        functions = {name: function_of(row, name, models[name], batch, effort) for name in names}
+    images = len(batch[0])
+    if images >= 1000 and device.type == "cpu":
+        names.remove("straightforward")  # takes minutes
+    functions = {name: function_of(row, name, models[name], batch, effort) for name in names}
     seconds = alternate(functions, effort.rounds, effort.seconds, device)
     result = {"row": row, "images": images, "seconds": seconds}
     result["images_per_second"] = images / seconds["this"]
@@ -161,8 +148,7 @@ def main():
     how = {"dtype": args.dtype, "compile": args.compile, "seed": args.seed}
     effort = replace(QUICK if args.quick else Effort(), **how)
     source = load_images(args.dataset, args.data_dir, args.seed)
-    train_set, _, test_set = Recipe().splits(source)
-    train_set = train_set.to(device)
+    train_set = Recipe().splits(source)[0].to(device)
     machine = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
@@ -178,11 +164,9 @@ def main():
     rows = [row for row in args.rows if row in SIDE_BY_SIDE]
     if rows:
         models = make_yardsticks(device, YARDSTICKS)
-        eval_indices = torch.arange(effort.evaluation_images) % len(test_set)
-        eval_set = NoisyImageDataset(test_set.split[eval_indices])
         print_head("row", *(f"{n} (ms)" for n in models), "times faster", "this, images/s")
     for row in rows:
-        results["rows"].append(measure(row, models, train_set, eval_set, effort))
+        results["rows"].append(measure(row, models, train_set, effort))
     if "tokens" in args.rows:
         images = next(training_batches(train_set, 256, effort.seed, epoch=1))[0]
         results["tokens"] = large.measure_tokens(images, effort, device)

@@ -179,13 +179,9 @@ def train(
         state: what an earlier run returned, or left in files.resume, to go on from.
         fast: what torch.compile made of the model, for batches of the full size.
 
-    Returns:
-        dict: "history", a row per epoch; "best", the checkpoint of the best one; and "model",
-        "optimizer" and `about`'s "recipe", from which a run can go on.
-
-    Raises:
-        Diverged: the loss is not finite any more.
-        UserError: the state is of another optimizer.
+    Returns what a run can go on from: "history", a row per epoch, "best", the checkpoint of the
+    best, "model" and "optimizer". Raises Diverged where the loss is not finite any more, and
+    a UserError for the state of another optimizer.
     """
     # Optimizer, and what an earlier run left
     optimizer = make_optimizer(model, recipe.optimizer, recipe.lr, recipe.weight_decay)
@@ -294,9 +290,8 @@ def main():
     files = RunFiles(Path(args.output or output_name(args)))
     if files.checkpoint.suffix != ".pt":
         raise UserError(f"--output {files.checkpoint}: name a .pt file")
-    if args.resume and not files.resume.is_file():
-        none = f"--resume: there is no interrupted run at {files.resume}"
-        raise UserError(f"{none}; start one without --resume")
+    if args.resume:
+        check_resumable(files)  # before images are read
     with (
         joined(cli.select_device(args.device, args.threads)) as device,
         locked(files.all) if rank() == 0 else nullcontext(),

@@ -241,8 +241,6 @@ def test_study_draws_psnr_against_the_size_of_tiles(call, tmp_path):
     assert Path("ablation_study.png").stat().st_size > 10_000
     process = call(ablation_study, *options, "--variants", *names)
     assert_refused(process, "tiles [32, 50]")
-    process = call(ablation_study, *options, "--tiles", 32, 64, "--output", "new.json")
-    assert_refused(process, "--tiles 64: no side of a test image is above 50")
     process = call(ablation_study, *options, "--tiles", 32, "--task", "inpaint")
     assert_refused(process, "--tiles: inpainting is not tested in tiles")
     assert_refused(
