@@ -213,13 +213,13 @@ def test_baselines_compare_the_model_in_tiles(photographs, call, monkeypatch):
     tiles = []
     original = tiling.restore_tile
     monkeypatch.setattr(tiling, "restore_tile", lambda *a: tiles.append(a[1].shape) or original(*a))
-    options = ("--checkpoint", "model.pt", "--dataset", "images", "--noise-level", 0.1)
+    options = ("--checkpoint", "model.pt", "--dataset", "images", "--noise-level", 0.1, 0.3)
     process = call(compare_baselines, *options, "--model-only", "--tile", 48)
     assert process.returncode == 0, process.stderr
     assert max(max(shape) for shape in tiles) == 48 and "**this model**" in process.stdout
+    assert len(set(re.findall(r"noisy input \| ([\d.]+)", process.stdout))) == 2
     thumbnails = ("--checkpoint", ROOT / "models" / "refined.pt", "--dataset", "photos")
-    process = call(compare_baselines, *thumbnails, "--tile", 48)
-    assert_refused(process, "--tile", "thumbnails")
+    assert_refused(call(compare_baselines, *thumbnails, "--tile", 48), "--tile", "thumbnails")
 
 
 def test_strength_blends_with_the_input():
