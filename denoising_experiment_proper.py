@@ -27,7 +27,6 @@ from common.user_errors import UserError, counted, run_main
 from experiment import command_line as cli
 from experiment.checkpoints import (
     check_finite,
-    check_resumable,
     read_run,
     restore_optimizer,
     save_run,
@@ -97,9 +96,9 @@ RECIPES["photo"] = replace(
     model="photo",
     loss="even-psnr",
     crop=64,
-    resize=(0.7, 2.5),
+    resize=(1.0, 3.0),
     gray_share=0.1,
-    degradation=CameraNoise(),
+    degradation=CameraNoise((2 / 255, 12 / 255), camera_share=0.65),
 )
 
 
@@ -290,8 +289,9 @@ def main():
     files = RunFiles(Path(args.output or output_name(args)))
     if files.checkpoint.suffix != ".pt":
         raise UserError(f"--output {files.checkpoint}: name a .pt file")
-    if args.resume:
-        check_resumable(files)  # before images are read
+    if args.resume and not files.resume.is_file():
+        none = f"--resume: there is no interrupted run at {files.resume}"
+        raise UserError(f"{none}; start one without --resume")
     with (
         joined(cli.select_device(args.device, args.threads)) as device,
         locked(files.all) if rank() == 0 else nullcontext(),

@@ -180,7 +180,8 @@ def test_names_tell_apart_what_is_written_into_one_folder(tmp_path, folder):
     for path in paths:
         path.parent.mkdir()
     output = folder and f"{tmp_path / folder}/"
-    outputs = denoise_image.choose_outputs(paths, output, overwrite=False)
+    found = dict.fromkeys(paths, Path())
+    outputs = denoise_image.choose_outputs(found, output, overwrite=False)
     names = ("a_png", "a_jpg") if folder else ("a", "a")
     assert [path.name for path in outputs.values()] == [f"{name}_denoised.png" for name in names]
 

@@ -249,7 +249,7 @@ def test_debug_test_data_notices_black_images(folder, call):
         Image.new("RGB", (32, 32)).save(path)
     process = call(debug_test_data, "--dataset", folder)
     assert process.returncode == 1
-    assert "all black" in process.stdout and "of 16 images have a single value" in process.stdout
+    assert "all black" in process.stdout and "of 16 images of a single value" in process.stdout
 
 
 # Noise that differs over an image ------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Layer 5, photographs of any size: training on crops, and denoising files of every kind."""
 
 import itertools
+import re
 import struct
 import zlib
 from pathlib import Path

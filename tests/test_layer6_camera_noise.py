@@ -28,7 +28,7 @@ from images.image_sources import Split, load_images, shift_of
 from images.noise_statistics import noise_statistics
 from images.noisy_images import NoisyImageDataset
 from images.training_batches import random_crop, training_batches
-from small_vit import load_model
+from small_vit import MODELS, SmallViT, load_model
 
 LEVEL = (10 / 255, 10 / 255)
 
@@ -91,7 +91,7 @@ def test_some_images_are_clean_and_some_have_white_noise():
     clean = of_ramps()
     noisy, sigma = noisy_with(*PROPERTIES[:-1], share=0.0)
     still = (noisy == clean).flatten(1).all(1)
-    assert torch.equal(still, (sigma == 0).flatten(1).all(1)) and 2 < still.sum() < 12
+    assert torch.equal(still, (sigma == 0).flatten(1).all(1)) and 0 < still.sum() < 8
     near, colours, _ = measured(noisy[~still], clean[~still])
     assert abs(near) < 0.05 and abs(colours) < 0.05
 
@@ -294,3 +294,12 @@ def test_a_strength_that_does_nothing_is_not_where_the_search_ends(photos):
     blur, _ = compare_baselines.baselines(0.2)["Gaussian blur"]
     strength, _ = compare_baselines.best_of(blur, [0.05, 0.06, 0.07], dataset)
     assert 0.5 < strength < 2
+
+
+def test_denoising_leaves_the_layout_of_weights(photos):
+    """An optimizer's moments have it, too; with another, fused steps would go astray."""
+    model = SmallViT(MODELS["photo"])
+    before = {name: (p.stride(), p.clone()) for name, p in model.named_parameters()}
+    denoise(model, np.zeros((40, 40, 3), np.uint8))
+    for name, parameter in model.named_parameters():
+        assert parameter.stride() == before[name][0] and torch.equal(parameter, before[name][1])
