@@ -28,7 +28,6 @@ with contextlib.suppress(ImportError):
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF")
 LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # as a rule; TIFF and WebP are asked
 WRITTEN = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # others lose alpha or profile
-PNG_HEADER = 33  # bytes of the signature and the first chunk
 MOSAIC = 32803  # photometric interpretation of TIFF: a colour filter array
 
 
@@ -239,9 +238,9 @@ def write_photo(photo: Photo, path: Path) -> None:
     array, profile, suffix = photo.array(), photo.icc_profile, path.suffix.lower()
     deep, grey = array.dtype == np.uint16, array.shape[2] < 3
     tiff = suffix in (".tif", ".tiff")
-    # WebP has no grey, and neither Pillow nor OpenCV knows 16 bits of grey with alpha: as colours,
+    # WebP has no grey, and Pillow reads no TIFF of 16 bits that is grey with alpha: as colours,
     # to which a profile of grey does not belong.
-    if grey and (suffix == ".webp" or (deep and array.shape[2] == 2)):
+    if grey and (suffix == ".webp" or (tiff and deep and array.shape[2] == 2)):
         array, profile, grey = array[:, :, [0, 0, 0, 1][: array.shape[2] + 2]], None, False
     array = np.ascontiguousarray(array)
     shown = array[:, :, 0] if array.shape[2] == 1 else array
@@ -273,19 +272,26 @@ def write_photo(photo: Photo, path: Path) -> None:
 
 
 def deep_png(array: np.ndarray, profile: bytes | None, tags: Tags) -> bytes:
-    """The bytes of a PNG of uint16 [h, w, 1, 3 or 4], which Pillow writes of grey alone: OpenCV's,
-    with the profile and the tags behind the header.
+    """The bytes of a PNG of uint16 [h, w, C], grey or colours, with alpha or without; neither
+    Pillow nor OpenCV writes all of them, nor the profile.
     """
-    blue_first = array[:, :, [2, 1, 0, 3][: array.shape[2]]] if array.shape[2] > 1 else array
-    _, encoded = cv2.imencode(".png", blue_first)
-    chunks = [(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))] if profile else []
+    height, width, channels = array.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    packer, above, packed = zlib.compressobj(3), np.uint8(0), []
+    for row in array.reshape(height, -1):  # one by one: an image can be large
+        row = row.astype(">u2").view(np.uint8)
+        packed.append(packer.compress(b"\2" + (row - above).tobytes()))  # filter 2, "up"
+        above = row
+    packed.append(packer.flush())
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))]
+    chunks += [(b"iCCP", b"ICC profile\0\0" + zlib.compress(profile))] if profile else []
     chunks += list(tags.png_chunks.items())
     chunks += [(b"eXIf", tags.exif.removeprefix(b"Exif\0\0"))] if tags.exif else []
     if tags.dpi:
         chunks += [(b"pHYs", struct.pack(">IIB", *(round(n / 0.0254) for n in tags.dpi), 1))]
-    added = b""
-    for name, data in chunks:
-        added += struct.pack(">I", len(data)) + name + data
-        added += struct.pack(">I", zlib.crc32(name + data))
-    content = encoded.tobytes()
-    return content[:PNG_HEADER] + added + content[PNG_HEADER:]
+    chunks += [(b"IDAT", part) for part in packed if part]
+    content = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in (*chunks, (b"IEND", b"")):
+        content += [struct.pack(">I", len(data)), name, data]
+        content += [struct.pack(">I", zlib.crc32(data, zlib.crc32(name)))]
+    return b"".join(content)
