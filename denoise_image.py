@@ -3,8 +3,8 @@
     python denoise_image.py photo.jpg                 # writes photo_denoised.png beside it
     python denoise_image.py holiday/ --output clean/  # all images of a folder
 
-It removes noise of any strength up to σ = 0.3 that was independent from pixel to pixel before the
-file was written, also as JPEG with colours at half resolution of quality 75 or more. In Python:
+It removes the noise that the files of cameras have, demosaicked, tone-mapped and compressed, and
+noise up to σ = 0.3 that was independent from pixel to pixel, also in JPEG files. In Python:
 `denoise(load_model("photo"), "photo.jpg")`.
 """
 

@@ -2,9 +2,9 @@
 
 So neighbouring pixels share it, the colours share it in part, it is strongest in the darker
 mid-tones and at edges, and JPEG came after it. Every property is drawn anew for every image, out of
-ranges around those measured on pairs of real photographs (PolyU, Xu et al. 2018); README of
-`visualize_training_data.py --noise camera` prints them side by side. The idea of drawing the whole
-chain: CBDNet (Guo et al. 2019), SCUNet (Zhang et al. 2023).
+ranges around those measured on pairs of real photographs (PolyU, Xu et al. 2018), which
+`visualize_training_data.py` prints for pairs and for what is drawn here. The idea of drawing the
+whole chain: CBDNet (Guo et al. 2019), SCUNet (Zhang et al. 2023).
 """
 
 import math
