@@ -181,7 +181,7 @@ def pairs(tmp_path):
 
 
 def test_pairs_train_are_compared_and_drawn(call, pairs, small_picture):
-    options = ("--recipe", "photo", "--crop", 32, "--steps", 2, "--batch-size", 4)
+    options = ("--recipe", "photo", "--crop", 40, "--steps", 2, "--batch-size", 4)
     process = call(experiment, "--dataset", pairs, *options, "--output", "m.pt")
     assert process.returncode == 0, process.stderr
     assert "noise of its own" in process.stdout
@@ -195,6 +195,9 @@ def test_pairs_train_are_compared_and_drawn(call, pairs, small_picture):
     process = call(visualize_proper_results, "--checkpoint", "m.pt", "--output", "p.png")
     assert process.returncode == 0 and "at other σ" not in process.stdout, process.stderr
     assert_refused(call(compare_baselines, "--checkpoint", "m.pt", "--dataset", "photos"), "pairs")
+    small = write_images(pairs / "small", 2, (36, 36))[0].parent  # than the crops of the training
+    options = ("--checkpoint", "m.pt", "--dataset", small, "--noise-level", 0.1, "--model-only")
+    assert call(compare_baselines, *options).returncode == 0
     options = ("--checkpoint", "m.pt", "--noise-level", 0.1)
     assert_refused(call(compare_baselines, *options), "--noise-level", "noise of its own")
 
