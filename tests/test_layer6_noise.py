@@ -5,7 +5,8 @@ import pytest
 import skimage.data
 import torch
 
-from experiment.tiling import estimate_noise
+from experiment import tiling
+from experiment.tiling import denoise, estimate_noise
 from images.degradations import NOISE_MAPS, GaussianNoise
 from images.image_sources import Split
 from images.noisy_images import NoisyImageDataset, noisy_splits
@@ -181,16 +182,6 @@ def test_noise_in_words(noise, text):
 # Reproducible and different -------------------------------------------------------------------
 
 
-@any_map
-def test_evaluation_noise_is_the_same_for_any_batch_size(photos, noise_map):
-    dataset = NoisyImageDataset(photos.test[:50], between(noise_map), stream=2)
-    at_once = next(dataset.batches(50))[0]
-    for size in (1, 7, 64):
-        assert torch.equal(torch.cat([noisy for noisy, _, _ in dataset.batches(size)]), at_once)
-    assert torch.equal(dataset[33][0], at_once[33])
-    assert torch.equal(dataset[-1][0], at_once[-1])
-
-
 def test_splits_epochs_and_images_have_noise_of_their_own(photos):
     train, val, test = noisy_splits(photos, GaussianNoise())
     val.split = test.split  # the same images, so that only the noise can differ
@@ -253,6 +244,11 @@ def test_crops_come_from_every_place_up_to_the_edges():
 # Its estimate --------------------------------------------------------------------------------
 
 
+def test_of_large_images_the_middle_is_looked_at(monkeypatch):
+    monkeypatch.setattr(tiling, "PROBE", 2)
+    assert tiling.center_crop(np.arange(16).reshape(4, 4)).tolist() == [[5, 6], [9, 10]]
+
+
 def test_texture_is_not_taken_for_noise():
     """A coat and a lawn: wavelets alone see σ = 4 of 255."""
     photograph = skimage.data.camera()[300:492, 100:292, None]
@@ -296,6 +292,15 @@ def test_blocks_with_a_few_clipped_values_count(noise, share, counts):
     image[:64, :128] = 0.5 + 0.02 * noise[:64, :128]
     image[:64, :128].flat[:: round(1 / share)] = 0
     assert (estimate_noise(image) < 0.06) == counts
+
+
+def test_grey_noise_reaches_a_model_as_that_of_independent_colours(noise):
+    """√3 times as strong as it was, so that their mean is what it was."""
+    grey, shown, model = 0.5 + 0.05 * noise[:, :, :1], [], torch.nn.Conv2d(3, 3, 1)
+    model.forward = lambda noisy: shown.append(noisy) or (noisy, [])
+    assert np.allclose(denoise(model, grey, tile=192), grey, atol=1e-6)
+    covariance = np.cov(shown[0][0].flatten(1))
+    assert np.allclose(covariance, 3 * 0.05**2 * np.eye(3), atol=0.3 * 0.05**2)
 
 
 def test_the_noise_of_colours_is_their_mean(noise):
