@@ -136,15 +136,15 @@ def compare(
     def print_figures(name, psnrs, ssims):
         print_row(name, plus_minus(psnrs, 2), plus_minus(ssims, 4))
 
-    known = isinstance(test_set.degradation, GaussianNoise)
-    if known:
+    known, sigma = isinstance(test_set.degradation, GaussianNoise), 0.0
+    if classical and known:
         # Where it differs over an image, a beginning
         sigma = sum(test_set.degradation.noise_level) / 2
-    else:
+    elif classical:
         sigma = np.mean([estimated_sigma(noisy[0].numpy()) for noisy, *_ in test_set.batches(1)])
     print_head("method", "PSNR (dB)", "SSIM")
     print_figures("noisy input", *measure(None, None, test_set))
-    methods = baselines(sigma, bm3d) if classical and sigma >= LEAST_SIGMA else {}
+    methods = baselines(sigma, bm3d) if sigma >= LEAST_SIGMA else {}
     for name in tqdm(methods, "methods", leave=False, disable=None):
         denoise, strengths = methods[name]
         strength, figures = best_of(denoise, strengths, test_set)

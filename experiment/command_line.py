@@ -18,7 +18,7 @@ import torch
 from common.options import Number, as_option
 from common.user_errors import UserError
 from experiment.recipe import Recipe
-from images.degradations import KINDS, TASKS, CameraNoise, GaussianNoise
+from images.degradations import KINDS, TASKS, GaussianNoise
 
 PUBLISHED_CHECKPOINT = "best_denoising_model_proper.pt"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -117,9 +117,12 @@ def add_task(parser, default: str) -> None:
     what += "images with holes; or JPEG files with their artefacts"
     group.add_argument("--task", choices=TASKS, help=what)
     add_noise_kind(group)
+    added = set()  # kinds of noise share some
     for kind in KINDS:
-        own = [f.name for f in fields(kind) if kind is not CameraNoise or f.name != "noise_level"]
-        add_fields(group, kind, own, with_defaults=False)
+        names = {declared.name for declared in fields(kind)} - added
+        if names:
+            add_fields(group, kind, names, with_defaults=False)
+        added |= names
 
 
 def add_recipe(parser, recipes: Mapping[str, Recipe], without=(), **choices: Iterable[str]) -> None:
