@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from adaptive_attention_moe import AdaptiveAttentionMoE, check_heads
 from common.options import Number, check_fields, option
 from common.user_errors import UserError, printable
+from experiment import tiling
 from experiment.checkpoints import Trained, read_checkpoint, recipe_of_file
+from experiment.command_line import PUBLISHED_CHECKPOINT
 from layers.conv_stages import ConvDecoder, ConvEncoder, NAFBlock, ResidualConv, reflected
 
 SIZE, DEPTH = (Number(int, least, most=2**16 - 1) for least in (1, 0))
@@ -226,10 +228,7 @@ class SmallViT(nn.Module):
         sentence = f"{self.trained.path}: {count_parameters(self):,} parameters, {self.trained}"
         return printable(sentence)
 
-    @torch.inference_mode()
-    def denoise(self, noisy: Tensor) -> Tensor:
-        """The restored images alone, as they are shown: [B, 3, h, w] -> the same in [0, 1]."""
-        return self.eval()(noisy)[0]
+    denoise = tiling.denoise  # model.denoise(image): array, PIL image, tensor or path
 
 
 def with_each_capacity(model: SmallViT, capacities: Iterable[float]) -> Iterator[float]:
@@ -260,13 +259,14 @@ def count_parameters(model: nn.Module) -> int:
 def load_model(path: str | Path) -> SmallViT:
     """The trained model of a checkpoint file, in evaluation mode, on the CPU; else a UserError.
 
-    The name of a shipped one, such as "photo", will do where there is no such file.
+    The name of a shipped one, such as "photo" or "published", will do where there is no such file.
 
     What it is for stands in its `trained`: `model.trained.recipe.degradation` is the noise, or what
     else it removes, `model.trained.recipe.crop` tells a model for photographs from one for
     thumbnails, and `model.trained.checkpoint["test"]` has the figures of its test.
     """
     shipped = SHIPPED / f"{path}.pt"
+    shipped = SHIPPED.parent / PUBLISHED_CHECKPOINT if str(path) == "published" else shipped
     path = shipped if os.path.isfile(shipped) and not os.path.exists(path) else path
     return build_model(read_checkpoint(path), path)
 

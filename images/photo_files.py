@@ -28,6 +28,7 @@ with contextlib.suppress(ImportError):
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO", "JPEG2000", "AVIF", "HEIF")
 LOSSLESS = ("PNG", "BMP", "GIF", "PPM")  # as a rule; TIFF and WebP are asked
 WRITTEN = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")  # others lose alpha or profile
+OPENED = ("L", "LA", "RGB", "RGBA", "I;16")  # modes of images that Pillow has opened
 MOSAIC = 32803  # photometric interpretation of TIFF: a colour filter array
 
 
@@ -89,6 +90,18 @@ def read_photo(path: Path | str) -> Photo:
     if not profile or profile[16:20] != space:  # that of a CMYK file, say
         profile = None
     return Photo(pixels, alpha if has_alpha else None, profile, lossless, frames, tags)
+
+
+def as_photo(image: Image.Image) -> Photo:
+    """The pixels and alpha of an image that Pillow has opened; a ValueError for other modes."""
+    has_alpha = image.mode.endswith("A")
+    if image.mode not in OPENED or ("transparency" in image.info and not has_alpha):
+        other = "RGBA" if image.has_transparency_data else "RGB"
+        other = "I;16" if image.mode.startswith("I") else other
+        wanted = f"expected mode {', '.join(OPENED)} without a transparent colour"
+        raise ValueError(f'{wanted}, got {image.mode}; try image.convert("{other}")')
+    array = np.atleast_3d(np.asarray(image))
+    return Photo(array[:, :, :-1], array[:, :, -1:]) if has_alpha else Photo(array)
 
 
 def refuse_raw(image: Image.Image, file: BinaryIO) -> None:
