@@ -17,7 +17,7 @@ from conftest import ROOT
 from experiment import tiling
 from experiment.tiling import denoise
 from images.image_sources import SIZE
-from small_vit import MODELS, SmallViT, count_parameters, load_model
+from small_vit import MODELS, SmallViT, ViTConfig, count_parameters, load_model
 
 NAMES = ["gaussian", "photo", "published", "refined", "routed"]
 
@@ -248,6 +248,7 @@ def test_large_tensors_and_those_with_a_tile_are_restored_in_tiles(model, monkey
     arrays = images.permute(0, 2, 3, 1).numpy()
     in_tiles = [np.stack([denoise(model, a, t) for a in arrays]) for t in (64, 128)]
     assert np.array_equal(model.denoise(images, tile=64).permute(0, 2, 3, 1), in_tiles[0])
+    assert np.array_equal(model.denoise(images, tile=128).permute(0, 2, 3, 1), in_tiles[1])
     whole = model.denoise(images)
     assert not np.array_equal(whole.permute(0, 2, 3, 1), in_tiles[1])
     monkeypatch.setattr(tiling, "MOST_WHOLE", 150 * 90)  # an image at a time
@@ -264,6 +265,14 @@ def test_memory_does_not_grow_with_the_batch(monkeypatch):
     monkeypatch.setattr(tiling, "MOST_WHOLE", 2 * 32 * 32 + 5)
     assert model.denoise(torch.rand(5, 3, 32, 32)).shape == (5, 3, 32, 32)
     assert sizes == [2, 2, 1]
+
+
+def test_images_with_holes_are_restored_as_a_whole():
+    model, images = SmallViT(ViTConfig(in_channels=4)), torch.rand(2, 4, 40, 40)
+    restored = model.denoise(images, tile=32)
+    assert torch.equal(restored, model(images)[0])
+    halfway = model.denoise(images, strength=0.5)
+    assert torch.allclose(halfway, (restored + images[:, :3]) / 2, atol=1e-6)
 
 
 def test_a_tensor_takes_the_options(model):
