@@ -54,8 +54,8 @@ def denoise(
             info; it is not turned.
             Tensor [3, h, w] or [B, 3, h, w] of floats in [0, 1]: the result has its shape and
             device, and float32. Where no `tile` is given, a model for photographs restores images
-            of up to MOST_WHOLE pixels as a whole: in seven times the time of tiles, for the largest
-            of them. Larger ones are restored as arrays are; [B, 4, h, w], with holes, as a whole.
+            of up to MOST_WHOLE = 2¹⁹ pixels as a whole: in seven times the time of tiles, for the
+            largest of them. Others are restored as arrays are; [B, 4, h, w], with holes, whole.
         tile, overlap: side of the tiles and overlap of two of them, which is below it, pixels;
             None: `best_tile`.
         dtype: name of that of matrix products; bfloat16 runs them under autocast.
@@ -105,8 +105,8 @@ def denoise(
 def best_tile(model: nn.Module) -> int:
     """Side of tiles where none is given: TILE, or that of the thumbnails that a model learned from.
 
-    On details of four photographs with σ = 0.2, in such tiles and as a whole, the published model
-    has 28.27 and 25.21 dB, `refined` 29.27 and 28.60, `routed` 25.88 and 25.53.
+    On details of four photographs of scikit-image with σ = 0.2, in such tiles and as a whole, the
+    published model has 28.27 and 25.21 dB, `refined` 29.27 and 28.60, `routed` 25.88 and 25.53.
     """
     trained = getattr(model, "trained", None)
     return TILE if not trained or trained.recipe.crop else SIZE
