@@ -126,6 +126,7 @@ def reflected(image: Tensor, rows: int, columns: int) -> Tensor:
     for dim, more in ((-2, rows), (-1, columns)):
         if more:
             size = image.shape[dim]
-            index = torch.arange(size + more, device=image.device) % max(1, 2 * size - 2)
+            index = torch.arange(size + more, device=image.device)
+            index %= index.new_full((), max(1, 2 * size - 2))  # ONNX has no remainder by a number
             image = image.index_select(dim, torch.minimum(index, (2 * size - 2 - index).abs()))
     return image
