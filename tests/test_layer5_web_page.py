@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image, ImageCms
 from skimage import data
 
+from conftest import ROOT
 from experiment.tiling import denoise
 from small_vit import load_model
 
@@ -254,7 +254,8 @@ def test_stopping_and_dropping_more_meanwhile(open_page, photo):
     for state in (states.nth(0), states.nth(1)):
         playwright.expect(state).to_contain_text("done")
     page.locator("#list button").nth(1).click()
-    playwright.expect(page.locator("#view")).to_have_attribute("aria-label", "small.png before and after")
+    view = page.locator("#view")
+    playwright.expect(view).to_have_attribute("aria-label", "small.png before and after")
     assert saved(page)[0].size == (230, 150)
 
 
