@@ -27,7 +27,7 @@ def _load(name):
 def photo():
     """Removes the noise of photographs: of a camera's files, also JPEG, and white up to σ = 0.3.
 
-    574,213 parameters, trained on 626 photographs (BSDS500, Urban100, Sun-Hays 80, desktop
+    574,213 parameters, trained on 595 photographs (BSDS500, Urban100, Sun-Hays 80, desktop
     backgrounds) with synthetic noise.
     """
     return _load("models/photo.pt")
