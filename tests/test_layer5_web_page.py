@@ -61,7 +61,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def open_page(browser, site):
     """Opens the page; afterwards no request has left this computer and no script has failed."""
     contexts, hosts, errors = [], set(), []
@@ -82,6 +82,19 @@ def open_page(browser, site):
     for context in contexts:
         context.close()
     assert hosts == {site.split("/")[2]} and not errors
+
+
+@pytest.fixture(scope="module")
+def shared(open_page):
+    """A page for many tests: loading the runtime takes longer than a small photograph."""
+    return open_page(viewport={"width": 1000, "height": 700})
+
+
+@pytest.fixture
+def page(shared):
+    yield shared
+    for name, value in (("#strength", 100), ("#split", 50)):
+        set_range(shared, name, value)
 
 
 def has_threads(page):
@@ -122,6 +135,15 @@ def give(page, *files, number=None):
     return state.inner_text()
 
 
+def choose(page, number=-1):
+    """Shows one of the photographs, the last by default."""
+    button = page.locator("#list button").nth(number)
+    button.click()
+    name = button.locator("b").inner_text()
+    view = page.locator("#view")
+    playwright.expect(view).to_have_attribute("aria-label", f"{name} before and after")
+
+
 def saved(page, kind="png"):
     """The file that the button saves, as PIL reads it, and its name."""
     with page.expect_download() as download:
@@ -137,13 +159,24 @@ def set_range(page, name, value):
     page.locator(name).fill(str(value))
 
 
-def test_page_gives_what_python_gives(open_page, photo, expected):
+DROP = """([name, bytes]) => {
+    const dataTransfer = new DataTransfer();
+    if (name) dataTransfer.items.add(new File([Uint8Array.from(bytes)], name));
+    else dataTransfer.setData("text/plain", "words");
+    dispatchEvent(new DragEvent("drop", { dataTransfer, cancelable: true }));
+}"""
+
+
+def test_page_gives_what_python_gives(page, open_page, photo, expected):
     """Of a photograph in tiles, with threads and without, of any strength."""
-    for blocked, engine in (("allow", r"threads: \d+"), ("block", "threads: 1")):
-        page = open_page(service_workers=blocked)
-        assert give(page, in_file(photo, "noisy.png")) == "done, 230×150"
-        assert re.search(engine, page.inner_text("#engine"))
-        image, name = saved(page)
+    for one, engine in (
+        (open_page(service_workers="block"), "threads: 1"),
+        (page, r"threads: \d+"),
+    ):
+        assert give(one, in_file(photo, "noisy.png")) == "done, 230×150"
+        choose(one)
+        assert re.search(engine, one.inner_text("#engine"))
+        image, name = saved(one)
         assert name == "noisy_denoised.png" and image.size == (230, 150)
         assert differences(image, expected).max() <= 1
         assert np.asarray(image)[..., 3].min() == 255
@@ -153,9 +186,9 @@ def test_page_gives_what_python_gives(open_page, photo, expected):
     assert differences(saved(page)[0], mixed).max() <= 1
 
 
-def test_slider_shows_before_and_after(open_page, photo):
-    page = open_page(viewport={"width": 1000, "height": 700})
+def test_slider_shows_before_and_after(page, photo):
     give(page, in_file(photo, "a.png"))
+    choose(page)
     result = page.locator("#stack canvas").nth(1)
 
     def hidden():  # pixels of the result, from the left
@@ -175,23 +208,31 @@ def test_slider_shows_before_and_after(open_page, photo):
     page.locator("#split").focus()
     page.keyboard.press("Home")
     assert hidden() == 0
+    shadow = "getComputedStyle(document.getElementById('zoom')).boxShadow"
+    before = page.evaluate(shadow)
     page.click("#zoom")
     assert page.get_attribute("#zoom", "aria-pressed") == "true"
+    assert page.evaluate(shadow) != before  # so that eyes know, too
     assert result.bounding_box()["width"] == pytest.approx(230, abs=1)
+    page.click("#zoom")
 
 
-def test_saved_jpeg_keeps_exif_and_profile(open_page, photo):
+def test_saved_jpeg_keeps_exif_and_profile(page, photo):
     """JPEG and PNG upright, and their EXIF says so; WebP, which browsers do not turn, as it was."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "A camera"  # a quarter turn; its maker
+    exif[0x010E] = "words" * 13_050  # the longest EXIF that a JPEG file can have, nearly
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(70_000)
     settings = {"exif": exif, "icc_profile": profile, "quality": 95}
     for name in ("turned.jpg", "turned.webp", "turned.png"):
-        page, turned = open_page(), not name.endswith("webp")
-        size = (150, 230) if turned else (230, 150)
-        assert give(page, in_file(photo, name, **settings)) == f"done, {size[0]}×{size[1]}"
+        turned = not name.endswith("webp")
+        size = (100, 120) if turned else (120, 100)
+        part = in_file(photo[:100, :120], name, **settings)
+        assert give(page, part) == f"done, {size[0]}×{size[1]}"
+        choose(page)
         for kind in ("jpeg", "png"):
             image, file = saved(page, kind)
+            image.load()  # with all checksums
             assert image.format == kind.upper()
             assert file == f"turned_denoised.{'jpg' if kind == 'jpeg' else 'png'}"
             assert image.size == size
@@ -200,12 +241,18 @@ def test_saved_jpeg_keeps_exif_and_profile(open_page, photo):
             assert image.info["icc_profile"] == profile
 
 
-def test_transparent_and_grey_photographs(open_page, photo, tmp_path):
-    page = open_page()
+def test_transparent_and_grey_photographs(page, photo, tmp_path):
+    photo = photo[:, :120]
     alpha = np.full(photo.shape[:2], 255, np.uint8)
     alpha[:60], alpha[60:90] = 0, 128
     clear = in_file(np.dstack([photo, alpha]), "clear.png")
     give(page, clear)
+    choose(page)
+    shown = """canvas => {
+        const { data } = canvas.getContext("2d").getImageData(0, 0, 1, canvas.height);
+        return [...data].filter((_, i) => i % 4 === 3);
+    }"""
+    assert page.locator("#stack canvas").nth(1).evaluate(shown) == alpha[:, 0].tolist()
     image, _ = saved(page)
     assert np.array_equal(np.asarray(image)[..., 3], alpha)
     model = load_model("photo")
@@ -216,63 +263,84 @@ def test_transparent_and_grey_photographs(open_page, photo, tmp_path):
     assert np.asarray(white)[:50].min() > 250
     grey = photo[..., 1]
     give(page, in_file(grey, "grey.png"))
-    page.locator("#list button").nth(1).click()
+    choose(page)
     image, _ = saved(page)
     assert differences(image, denoise(model, grey)[..., None]).max() <= 1
     assert np.ptp(np.asarray(image)[..., :3], axis=2).max() == 0
 
 
-def test_what_is_no_image_is_refused_with_a_sentence(open_page, photo):
+def test_what_is_no_image_is_refused_with_a_sentence(page, photo):
     """Nor does it keep the next one from being restored."""
-    page = open_page()
     bad = {"name": "notes.jpg", "mimeType": "image/jpeg", "buffer": b"not an image at all"}
-    assert "cannot read it as an image" in give(page, bad, in_file(photo, "a.png"), number=1)
-    playwright.expect(page.locator("#list small").nth(1)).to_contain_text("done")
-    assert page.locator("#list button").first.is_disabled()
-    huge = in_file(np.zeros((10001, 10001), np.uint8), "huge.png")
-    assert "more than 100 megapixels; take denoise_image.py" in give(page, huge)
-
-
-def test_stopping_and_dropping_more_meanwhile(open_page, photo):
-    page = open_page()
-    large = np.tile(photo, (4, 4, 1))
-    page.set_input_files("#files", [in_file(large, "large.png")])
-    playwright.expect(page.locator("#status")).to_contain_text("part 1 of")
-    small = in_file(photo, "small.png")
-    drop = """([name, bytes]) => {
-        const dataTransfer = new DataTransfer();
-        dataTransfer.items.add(new File([Uint8Array.from(bytes)], name));
-        dispatchEvent(new DragEvent("drop", { dataTransfer, cancelable: true }));
-    }"""
-    page.evaluate(drop, [small["name"], list(small["buffer"])])
+    assert "cannot read it as an image" in give(page, bad, in_file(photo[:50], "a.png"), number=1)
     states = page.locator("#list small")
-    playwright.expect(states.nth(1)).to_have_text("waiting")
+    playwright.expect(states.last).to_contain_text("done")
+    assert page.locator("#list button").nth(-2).is_disabled()
+    for shape in ((10001, 10001), (1, 40000)):
+        large = in_file(np.zeros(shape, np.uint8), "large.png")
+        assert "more than 100 megapixels or 32767 pixels a side; take" in give(page, large)
+    page.evaluate(DROP, ["", []])
+    assert page.inner_text("#status") == "There is no photograph in it."
+
+
+def test_stopping_and_dropping_more_meanwhile(page, photo):
+    before = page.locator("#list li").count()
+    large, small = (page.locator("#list small").nth(before + i) for i in (0, 1))
+    page.set_input_files("#files", [in_file(np.tile(photo, (1, 2, 1)), "large.png")])
+    playwright.expect(page.locator("#status")).to_contain_text("part 1 of")
+    top = page.locator("#list").bounding_box()["y"]
+    file = in_file(photo[:50], f"small_{'<b>' * 40}.png")
+    page.evaluate(DROP, [file["name"], list(file["buffer"])])
+    playwright.expect(small).to_have_text("waiting")
     page.click("#stop")
-    playwright.expect(states.nth(0)).to_have_text("stopped")
-    playwright.expect(states.nth(1)).to_have_text("stopped")
+    playwright.expect(large).to_have_text("stopped")
+    playwright.expect(small).to_have_text("stopped")
+    assert page.locator("#bar").is_hidden()
     page.click("#stop")  # now it starts again
-    for state in (states.nth(0), states.nth(1)):
+    for state in (large, small):
         playwright.expect(state).to_contain_text("done")
-    page.locator("#list button").nth(1).click()
-    view = page.locator("#view")
-    playwright.expect(view).to_have_attribute("aria-label", "small.png before and after")
-    assert saved(page)[0].size == (230, 150)
+    assert page.locator("#list").bounding_box()["y"] == top  # nothing has jumped
+    assert page.inner_text("#status") == f"small_{'<b>' * 11}<…: done, 230×50"
+    choose(page)
+    assert saved(page)[0].size == (230, 50)
 
 
 def test_page_works_without_a_network_once_it_was_there(open_page, photo, expected):
+    """Its service worker keeps the files of the page, and no others of the same place."""
     page = open_page()
-    give(page, in_file(photo, "a.png"))
+    page.evaluate("fetch('other.txt?1').then(() => fetch('tags.js?2'))")
+    give(page, in_file(photo[:50], "a.png"))
     page.context.set_offline(True)
     page.reload()
     give(page, in_file(photo, "a.png"))
     assert differences(saved(page)[0], expected).max() <= 1
+    kept = f"caches.open('{VERSION}').then(c => c.keys()).then(all => all.map(r => r.url))"
+    names = {url.rsplit("/", 1)[1] for url in page.evaluate(kept)}
+    files = {"", "index.html", "style.css", "denoise.js", "tags.js", "photo.onnx"}
+    assert names - files == {"ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"}
+    assert not names & {"other.txt", "tags.js?2"} and files <= names
+
+
+def test_without_the_model_or_a_server_a_sentence_tells(open_page, browser, photo):
+    page = open_page(service_workers="block")
+    page.route("**/photo.onnx", lambda route: route.abort())
+    small = in_file(photo[:20, :20], "a.png")
+    assert give(page, small) == "the model, photo.onnx, cannot be loaded from beside the page"
+    page.unroute("**/photo.onnx")
+    assert "done" in give(page, small)
+    page = browser.new_page()
+    page.goto((WEB / "index.html").as_uri())
+    assert "python -m http.server" in page.inner_text("#status")
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_on_a_telephone(open_page, photo, scheme):
+def test_page_on_a_telephone(page, photo, scheme):
     """Nothing is wider than the screen; the colours follow the system's."""
-    page = open_page(viewport={"width": 360, "height": 740}, color_scheme=scheme)
-    give(page, in_file(photo, "a_long_name_of_a_photograph_from_last_summer_at_the_sea_1234.png"))
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.emulate_media(color_scheme=scheme)
+    names = ["a_long_name_of_a_photograph_from_last_summer_at_the_sea_1234.png", "b.png"]
+    give(page, *(in_file(photo[:20, :20], name) for name in names))
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     back = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     assert (int(re.search(r"\d+", back)[0]) < 100) == (scheme == "dark")

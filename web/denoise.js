@@ -1,10 +1,8 @@
 // The page, its worker and its service worker; the last lines say which of them runs. Nothing is
 // sent anywhere: the model and ONNX Runtime Web are loaded, photographs stay.
 
-const FILES = ["./", "style.css", "denoise.js", "tags.js", "photo.onnx"];
-
+const FILES = ["./", "index.html", "style.css", "denoise.js", "tags.js", "photo.onnx"];
 const TILE = 128, OVERLAP = 8; // pixels; as in experiment/tiling.py
-const MOST_MEGAPIXELS = 100;
 const VERSION = "1.30.0"; // of ONNX Runtime Web: a copy beside the page, else from a public network
 const PLACES = ["onnxruntime-web", `https://cdn.jsdelivr.net/npm/onnxruntime-web@${VERSION}`];
 const RUNTIME = { // SHA-384 of the code and of the WebAssembly of each kind, and their names
@@ -35,8 +33,8 @@ async function startEngine(kind) {
   const ort = await import(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
   const numThreads = self.crossOriginIsolated ? Math.min(8, navigator.hardwareConcurrency) : 1;
   Object.assign(ort.env.wasm, { wasmBinary, numThreads });
-  const answer = await fetch("photo.onnx");
-  if (!answer.ok) throw new Error("the model, photo.onnx, is not beside the page");
+  const answer = await fetch("photo.onnx").catch(() => null);
+  if (!answer?.ok) throw new Error("the model, photo.onnx, cannot be loaded from beside the page");
   const model = new Uint8Array(await answer.arrayBuffer());
   const session = await ort.InferenceSession.create(model, { executionProviders: [kind] });
   const restore = async (values, height, width) => {
@@ -129,22 +127,20 @@ async function restoreImage(restore, image, tileDone, bandDone) {
     const end = number + 1 < rows.length ? rows[number + 1][0] : image.height;
     const done = new ImageData(width, end - top);
     done.data.forEach((_, i, data) => {
-      data[i] = i % 4 < 3 ? 255 * band[3 * (i >> 2) + i % 4] : 255;
+      data[i] = i % 4 < 3 ? 255 * band[3 * (i >> 2) + i % 4] : pixels[i];
     });
     unfinished = band.subarray(3 * width * (end - top));
     bandDone(top, done);
   }
 }
 
-// The file to save: between the original and the result, with the original's alpha and tags
-async function blend(file, result, strength, type) {
+// The file to save: between the original and the result, with the original's tags
+async function blend({ file, result, strength, type }) {
   const [before, after] = await Promise.all([decode(file), decode(result)]);
   const { width, height } = before, canvas = canvasOf(width, height);
   for (let top = 0; top < height; top += TILE) {
     const rows = Math.min(TILE, height - top), pixels = rowsOf(before, top, rows);
-    rowsOf(after, top, rows).forEach((value, i) => {
-      if (i % 4 < 3) pixels[i] += strength * (value - pixels[i]);
-    });
+    rowsOf(after, top, rows).forEach((value, i) => { pixels[i] += strength * (value - pixels[i]); });
     canvas.putImageData(new ImageData(pixels, width), 0, top);
   }
   if (type === "image/jpeg") { // which has no transparency
@@ -165,15 +161,17 @@ function worker() {
     async restore({ id, file }) {
       stopped = false;
       const image = await decode(file), { width, height } = image;
-      if (width * height > MOST_MEGAPIXELS * 1e6) {
-        throw new Error(`it has more than ${MOST_MEGAPIXELS} megapixels; take denoise_image.py`);
+      if (width * height > 1e8 || Math.max(width, height) > 32767) { // more than a canvas can have
+        throw new Error("more than 100 megapixels or 32767 pixels a side; take denoise_image.py");
       }
       postMessage({ id, job: "open", width, height });
       engine ??= bestEngine();
-      const { restore, name } = await engine.catch((error) => { engine = null; throw error; });
+      const failed = (error) => { engine = null; throw error; }; // so that the next one starts it
+      const { restore, name } = await engine.catch(failed);
+      const restored = (...tile) => restore(...tile).catch(failed);
       const canvas = canvasOf(width, height);
       let count = 0;
-      await restoreImage(restore, image, async (tiles) => {
+      await restoreImage(restored, image, async (tiles) => {
         postMessage({ id, job: "tile", count: ++count, tiles, name });
         await new Promise((resume) => setTimeout(resume)); // so that messages come in
         if (stopped) throw new Error("stopped");
@@ -184,9 +182,7 @@ function worker() {
       image.close();
       return { result: await canvas.canvas.convertToBlob() };
     },
-    async save({ file, result, strength, type }) {
-      return { saved: await blend(file, result, strength, type) };
-    },
+    save: async (data) => ({ saved: await blend(data) }),
     stop: async () => { stopped = true; },
   };
   self.onmessage = async ({ data }) => {
@@ -200,13 +196,14 @@ function worker() {
 
 function serviceWorker() {
   const headers = [["Cross-Origin-Opener-Policy", "same-origin"],
-    ["Cross-Origin-Embedder-Policy", "require-corp"],
-    ["Cross-Origin-Resource-Policy", "cross-origin"]];
-  const answer = async (request) => {
-    const cache = await caches.open(VERSION), kept = await cache.match(request);
-    const constant = kept && request.url.includes(`@${VERSION}/`);
-    const fresh = constant ? null : await fetch(request).catch(() => null);
-    if (fresh?.ok) await cache.put(request, fresh.clone());
+    ["Cross-Origin-Embedder-Policy", "require-corp"]];
+  const runtime = PLACES.flatMap((place) =>
+    Object.values(RUNTIME).flatMap(Object.values).map((file) => `${place}/dist/${file}`));
+  const own = [...FILES, ...runtime].map((file) => new URL(file, location).href);
+  const answer = async (request, address) => {
+    const cache = await caches.open(VERSION), kept = await cache.match(address);
+    const fresh = await fetch(request).catch(() => null);
+    if (fresh?.ok) await cache.put(address, fresh.clone());
     const found = fresh ?? kept ?? Response.error();
     if (!found.status) return found;
     const all = new Headers([...found.headers, ...headers]);
@@ -215,23 +212,32 @@ function serviceWorker() {
   const ready = async () => (await caches.open(VERSION)).addAll(FILES);
   self.oninstall = (event) => event.waitUntil(ready().then(() => self.skipWaiting()));
   self.onactivate = (event) => event.waitUntil(self.clients.claim());
-  self.onfetch = (event) => event.respondWith(answer(event.request));
+  self.onfetch = (event) => {
+    const [address] = event.request.url.split(/[?#]/);
+    if (own.includes(address)) event.respondWith(answer(event.request, address));
+  };
 }
 
 // The page ------------------------------------------------------------------------------------
 
 function page() {
   const the = (id) => document.getElementById(id);
+  if (location.protocol === "file:") {
+    the("status").textContent = "Serve this folder: python -m http.server; open localhost:8000";
+    return;
+  }
   const photos = []; // of each its file, button, state, size, result (a Blob) and, in use, canvas
   let shown = null, running = null;
   const engine = new Worker("denoise.js", { type: "module" });
   const send = (photo, job, more) =>
     engine.postMessage({ id: photos.indexOf(photo), job, file: photo.file, ...more });
-  const say = (photo, words) => { the("status").textContent = `${photo.file.name}: ${words}`; };
+  const say = ({ file }, words) => {
+    the("status").textContent = `${file.name.replace(/^(.{40}).{4,}$/s, "$1…")}: ${words}`;
+  };
   const create = (kind, values) => Object.assign(document.createElement(kind), values);
-  const blank = ({ width, height }) => create("canvas", { width, height });
 
   function add(files) {
+    if (!files.length) the("status").textContent = "There is no photograph in it.";
     for (const file of files) {
       const item = the("entry").content.firstElementChild.cloneNode(true);
       const photo = { file, button: item.firstChild };
@@ -247,8 +253,8 @@ function page() {
   function become(photo, state) {
     photo.state = photo.button.lastChild.textContent = state;
     photo.button.disabled = !photo.width;
-    const stopped = photos.some((other) => other.state === "stopped");
-    the("progress").hidden = !running && !stopped;
+    the("bar").hidden = !running;
+    the("stop").hidden = !running && photos.every((other) => other.state !== "stopped");
     the("stop").textContent = running ? "Stop" : "Start again";
     the("png").disabled = the("jpeg").disabled = !shown?.result;
   }
@@ -263,14 +269,6 @@ function page() {
     send(next, "restore");
   }
 
-  function end(photo, state) {
-    running = null;
-    if (photo !== shown) photo.canvas = null; // it can be drawn again
-    become(photo, state);
-    say(photo, state);
-    runNext();
-  }
-
   async function show(photo) {
     shown?.button.removeAttribute("aria-current");
     if (shown && shown !== running) shown.canvas = null;
@@ -280,12 +278,12 @@ function page() {
     const images = await Promise.all(files.map((file) => file && decode(file)));
     if (shown !== photo) return; // another one was chosen meanwhile
     const [before, after] = images.map((image) => {
-      const canvas = image && blank(image);
-      canvas?.getContext("2d").drawImage(image, 0, 0);
+      const { width, height } = image ?? photo, canvas = create("canvas", { width, height });
+      if (image) canvas.getContext("2d").drawImage(image, 0, 0);
       image?.close();
       return canvas;
     });
-    photo.canvas = after ?? photo.canvas ?? blank(photo);
+    photo.canvas = files[1] ? after : photo.canvas ?? after; // bands have come in meanwhile
     the("stack").replaceChildren(before, photo.canvas);
     the("view").setAttribute("aria-label", `${photo.file.name} before and after`);
     the("result").hidden = false;
@@ -308,19 +306,24 @@ function page() {
 
   const hear = {
     open(photo, { width, height }) {
-      Object.assign(photo, { width, height, canvas: blank({ width, height }) });
+      Object.assign(photo, { width, height, canvas: create("canvas", { width, height }) });
       become(photo, "running");
       if (!shown?.result) photo.button.click();
     },
     tile(photo, { count, tiles, name }) {
       Object.assign(the("bar"), { max: tiles, value: count });
       the("engine").textContent = `Computed by ${name}.`;
-      if (count === 1 || count % Math.ceil(tiles / 10) === 0) say(photo, `part ${count} of ${tiles}`);
+      if (count % 16 === 1) say(photo, `part ${count} of ${tiles}`); // enough for screen readers
     },
     band: (photo, { top, band }) => photo.canvas.getContext("2d").putImageData(band, 0, top),
     restore(photo, { result, failed }) {
+      const state = failed ?? `done, ${photo.width}×${photo.height}`;
       photo.result = result;
-      end(photo, failed ?? `done, ${photo.width}×${photo.height}`);
+      running = null;
+      if (photo !== shown) photo.canvas = null; // it can be drawn again
+      become(photo, state);
+      say(photo, state);
+      runNext();
     },
     save(photo, { saved, failed }) {
       const kind = saved?.type === "image/png" ? "png" : "jpg";
@@ -333,17 +336,16 @@ function page() {
 
   the("stop").onclick = () => {
     const [from, to] = running ? ["waiting", "stopped"] : ["stopped", "waiting"];
-    if (running) send(running, "stop");
     for (const photo of photos) if (photo.state === from) become(photo, to);
-    runNext();
+    if (!running) return runNext();
+    say(running, "stopping");
+    send(running, "stop");
   };
-  for (const kind of ["png", "jpeg"]) {
-    the(kind).onclick = () => {
-      say(shown, "writing the file");
-      const strength = the("strength").value / 100;
-      send(shown, "save", { result: shown.result, strength, type: `image/${kind}` });
-    };
-  }
+  the("png").onclick = the("jpeg").onclick = ({ target }) => {
+    say(shown, "writing the file");
+    const { result } = shown, strength = the("strength").value / 100;
+    send(shown, "save", { result, strength, type: `image/${target.id}` });
+  };
   the("zoom").onclick = () => {
     the("zoom").setAttribute("aria-pressed", the("view").classList.toggle("full"));
     lay();
@@ -361,8 +363,8 @@ function page() {
   self.ondrop = (event) => { event.preventDefault(); add(event.dataTransfer.files); };
   self.onbeforeunload = (event) => { if (running) event.preventDefault(); };
   // The headers of the service worker allow threads, once the page is loaded again.
-  const { serviceWorker } = navigator, ready = () => serviceWorker.ready;
-  serviceWorker?.register("denoise.js").then(ready).then(() => {
+  const { serviceWorker } = navigator;
+  serviceWorker?.register("denoise.js").then(() => serviceWorker.ready).then(() => {
     if (self.crossOriginIsolated || photos.length || sessionStorage.again) return;
     sessionStorage.again = "once";
     location.reload();

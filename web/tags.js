@@ -6,6 +6,8 @@ const bigEndian = (value, size) =>
 const joined = async (...parts) => new Uint8Array(await new Blob(parts).arrayBuffer());
 const piped = async (bytes, stream) =>
   joined(await new Response(new Blob([bytes]).stream().pipeThrough(stream)).blob());
+const checksum = async (bytes) => // CRC-32: gzip ends with it, little-endian, and with a length
+  (await piped(bytes, new CompressionStream("gzip"))).slice(-8, -4).reverse();
 
 // [kind, its bytes, where it starts, where it ends] of the parts of a JPEG, PNG or WebP file
 function* partsOf(bytes) {
@@ -54,16 +56,16 @@ export async function withTags(blob, { exif, icc }) {
   const bytes = await joined(blob), jpeg = blob.type === "image/jpeg", added = [], most = 65000;
   const segment = (marker, body) =>
     added.push(bigEndian(marker, 2), bigEndian(body.length + 2, 2), body);
-  const chunk = (body) =>
-    added.push(bigEndian(body.length - 4, 4), body, bigEndian(checksum(body), 4));
-  if (jpeg && exif && exif.length < most) segment(0xffe1, await joined("Exif\0\0", exif));
+  const chunk = async (body) =>
+    added.push(bigEndian(body.length - 4, 4), body, await checksum(body));
+  if (jpeg && exif && exif.length < 65528) segment(0xffe1, await joined("Exif\0\0", exif));
   for (let at = 0; jpeg && icc && at < icc.length; at += most) {
     const place = new Uint8Array([at / most + 1, Math.ceil(icc.length / most)]);
     segment(0xffe2, await joined("ICC_PROFILE\0", place, icc.subarray(at, at + most)));
   }
   const packed = !jpeg && icc && await piped(icc, new CompressionStream("deflate"));
-  if (packed) chunk(await joined("iCCPprofile\0\0", packed));
-  if (!jpeg && exif) chunk(await joined("eXIf", exif));
+  if (packed) await chunk(await joined("iCCPprofile\0\0", packed));
+  if (!jpeg && exif) await chunk(await joined("eXIf", exif));
   const [, , , end] = partsOf(bytes).next().value; // JFIF or IHDR, which come first
   const kept = [bytes.subarray(0, end), ...added];
   let from = end;
@@ -73,13 +75,4 @@ export async function withTags(blob, { exif, icc }) {
     from = next;
   }
   return new Blob([...kept, bytes.subarray(from)], { type: blob.type });
-}
-
-function checksum(bytes) { // CRC-32
-  let sum = -1;
-  for (const byte of bytes) {
-    sum ^= byte;
-    for (let bit = 0; bit < 8; bit++) sum = (sum >>> 1) ^ (sum & 1 && 0xedb88320);
-  }
-  return ~sum;
 }
