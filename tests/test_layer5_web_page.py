@@ -159,11 +159,12 @@ def set_range(page, name, value):
     page.locator(name).fill(str(value))
 
 
-DROP = """([name, bytes]) => {
+DROP_OR_PASTE = """([how, name, bytes]) => {
     const dataTransfer = new DataTransfer();
     if (name) dataTransfer.items.add(new File([Uint8Array.from(bytes)], name));
     else dataTransfer.setData("text/plain", "words");
-    dispatchEvent(new DragEvent("drop", { dataTransfer, cancelable: true }));
+    if (how === "drop") dispatchEvent(new DragEvent(how, { dataTransfer, cancelable: true }));
+    else document.dispatchEvent(new ClipboardEvent(how, { clipboardData: dataTransfer }));
 }"""
 
 
@@ -276,11 +277,14 @@ def test_what_is_no_image_is_refused_with_a_sentence(page, photo):
     states = page.locator("#list small")
     playwright.expect(states.last).to_contain_text("done")
     assert page.locator("#list button").nth(-2).is_disabled()
-    for shape in ((10001, 10001), (1, 40000)):
+    for shape in ((10001, 10001), (1, 70000)):
         large = in_file(np.zeros(shape, np.uint8), "large.png")
-        assert "more than 100 megapixels or 32767 pixels a side; take" in give(page, large)
-    page.evaluate(DROP, ["", []])
+        assert "more than 100 megapixels or 65535 pixels a side; take" in give(page, large)
+    page.evaluate(DROP_OR_PASTE, ["drop", "", []])
     assert page.inner_text("#status") == "There is no photograph in it."
+    pasted = in_file(photo[:20], "pasted.png")
+    page.evaluate(DROP_OR_PASTE, ["paste", pasted["name"], list(pasted["buffer"])])
+    playwright.expect(states.last).to_have_text("done, 230×20")
 
 
 def test_stopping_and_dropping_more_meanwhile(page, photo):
@@ -290,7 +294,7 @@ def test_stopping_and_dropping_more_meanwhile(page, photo):
     playwright.expect(page.locator("#status")).to_contain_text("part 1 of")
     top = page.locator("#list").bounding_box()["y"]
     file = in_file(photo[:50], f"small_{'<b>' * 40}.png")
-    page.evaluate(DROP, [file["name"], list(file["buffer"])])
+    page.evaluate(DROP_OR_PASTE, ["drop", file["name"], list(file["buffer"])])
     playwright.expect(small).to_have_text("waiting")
     page.click("#stop")
     playwright.expect(large).to_have_text("stopped")
@@ -308,7 +312,7 @@ def test_stopping_and_dropping_more_meanwhile(page, photo):
 def test_page_works_without_a_network_once_it_was_there(open_page, photo, expected):
     """Its service worker keeps the files of the page, and no others of the same place."""
     page = open_page()
-    page.evaluate("fetch('other.txt?1').then(() => fetch('tags.js?2'))")
+    page.evaluate("fetch('onnxruntime-web/package.json').then(() => fetch('tags.js?2'))")
     give(page, in_file(photo[:50], "a.png"))
     page.context.set_offline(True)
     page.reload()
@@ -318,7 +322,7 @@ def test_page_works_without_a_network_once_it_was_there(open_page, photo, expect
     names = {url.rsplit("/", 1)[1] for url in page.evaluate(kept)}
     files = {"", "index.html", "style.css", "denoise.js", "tags.js", "photo.onnx"}
     assert names - files == {"ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"}
-    assert not names & {"other.txt", "tags.js?2"} and files <= names
+    assert files <= names
 
 
 def test_without_the_model_or_a_server_a_sentence_tells(open_page, browser, photo):

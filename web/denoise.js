@@ -47,14 +47,14 @@ async function startEngine(kind) {
 
 async function bestEngine() {
   const gpu = await navigator.gpu?.requestAdapter().catch(() => null);
-  return (gpu && await startEngine("webgpu").catch(() => null)) || startEngine("wasm");
+  const fast = gpu && !gpu.info?.isFallbackAdapter; // one of software is far slower than WebAssembly
+  return (fast && await startEngine("webgpu").catch(() => null)) || startEngine("wasm");
 }
 
 // Images --------------------------------------------------------------------------------------
 
-function canvasOf(width, height) {
-  return new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
-}
+const canvasOf = (width, height) =>
+  new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
 
 // Upright, but with the numbers of the file, not converted to the colours of the screen
 async function decode(file) {
@@ -161,8 +161,8 @@ function worker() {
     async restore({ id, file }) {
       stopped = false;
       const image = await decode(file), { width, height } = image;
-      if (width * height > 1e8 || Math.max(width, height) > 32767) { // more than a canvas can have
-        throw new Error("more than 100 megapixels or 32767 pixels a side; take denoise_image.py");
+      if (width * height > 1e8 || Math.max(width, height) > 65535) { // more than a canvas can have
+        throw new Error("more than 100 megapixels or 65535 pixels a side; take denoise_image.py");
       }
       postMessage({ id, job: "open", width, height });
       engine ??= bestEngine();
@@ -358,7 +358,7 @@ function page() {
     lay();
   };
   the("files").onchange = ({ target }) => { add([...target.files]); target.value = ""; };
-  self.onpaste = (event) => add(event.clipboardData.files);
+  document.onpaste = (event) => add(event.clipboardData.files);
   self.ondragover = (event) => event.preventDefault();
   self.ondrop = (event) => { event.preventDefault(); add(event.dataTransfer.files); };
   self.onbeforeunload = (event) => { if (running) event.preventDefault(); };
