@@ -98,7 +98,7 @@ RECIPES["photo"] = replace(
     crop=64,
     resize=(1.0, 3.0),
     gray_share=0.1,
-    degradation=CameraNoise((2 / 255, 12 / 255), camera_share=0.65),
+    degradation=CameraNoise((2 / 255, 12 / 255), camera_share=0.55),
 )
 
 
