@@ -132,8 +132,8 @@ def denoise_tensor(
         restored = images[:, :3].lerp(restored, strength) if strength < 1 else restored
     else:
         arrays = [denoise(model, array, side, overlap, dtype, strength) for array in arrays]
-        restored = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-    return restored.to(noisy.device).reshape(*batch, 3, height, width).contiguous()
+        restored = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(noisy.device)
+    return restored.reshape(*batch, 3, height, width).contiguous()
 
 
 def denoise_opened(model: nn.Module, image: Image.Image | str | os.PathLike, **how):

@@ -115,10 +115,10 @@ async function restoreImage(restore, image, tileDone, bandDone) {
       }
       const restored = await restore(noisy, high, wide);
       for (let i = 0; i < area; i++) {
-        const weight = fade[Math.floor(i / wide)] * across[i % wide];
+        const at = 3 * place(i), weight = fade[Math.floor(i / wide)] * across[i % wide];
         const mean = (restored[i] + restored[area + i] + restored[2 * area + i]) / 3;
         for (let c = 0; c < 3; c++) {
-          band[3 * place(i) + c] += weight * (grey ? mean : restored[c * area + i]);
+          band[at + c] += weight * (grey ? mean : restored[c * area + i]);
         }
       }
       await tileDone(rows.length * columns.length);
@@ -201,10 +201,9 @@ function serviceWorker() {
     Object.values(RUNTIME).flatMap(Object.values).map((file) => `${place}/dist/${file}`));
   const own = [...FILES, ...runtime].map((file) => new URL(file, location).href);
   const answer = async (request, address) => {
-    const cache = await caches.open(VERSION), kept = await cache.match(address);
-    const fresh = await fetch(request).catch(() => null);
+    const cache = await caches.open(VERSION), fresh = await fetch(request).catch(() => null);
     if (fresh?.ok) await cache.put(address, fresh.clone());
-    const found = fresh ?? kept ?? Response.error();
+    const found = fresh ?? await cache.match(address) ?? Response.error();
     if (!found.status) return found;
     const all = new Headers([...found.headers, ...headers]);
     return new Response(found.body, { status: found.status, headers: all });
