@@ -196,6 +196,7 @@ def run_study(args, recipe, files, device):
     if getattr(recipe.degradation, "noise_level", (1, 1))[1] < 1e-4:
         raise UserError(f"{recipe.degradation}: there is no noise to remove; raise --noise-level")
     source = load_images(args.dataset, args.data_dir, crop=recipe.crop)
+    recipe = recipe.for_images(source)
     train_set, val_set, test_set = recipe.splits(source)
     recipe = recipe.of_steps(train_set)
     settings = {

@@ -34,9 +34,11 @@ def normalisation_problems(images: torch.Tensor) -> list[str]:
 
 
 def shared_images(some: torch.Tensor | list, others: torch.Tensor | list) -> int:
-    """How many uint8 images [3, h, w] of the first stand, byte for byte, among the others."""
-    known = {image.numpy().tobytes() for image in others}
-    return sum(image.numpy().tobytes() in known for image in some)
+    """How many uint8 images [3, h, w], of pairs the true ones, of the first stand, byte for byte,
+    among the others.
+    """
+    known = {image[:3].numpy().tobytes() for image in others}
+    return sum(image[:3].numpy().tobytes() in known for image in some)
 
 
 def inspect(name: str, dataset: NoisyImageDataset, crop: int | None) -> list[str]:

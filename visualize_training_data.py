@@ -183,7 +183,7 @@ def draw_statistics(dataset: NoisyImageDataset, found: dict, title: str) -> Figu
 def show_statistics(args, degradation) -> int:
     """Prints and draws the noise of whole test images: a camera's as drawn, or that of pairs."""
     source = load_images(args.dataset, args.data_dir, args.seed, crop=SIZE, test_only=True)
-    degradation = PairedNoise() if source.paired else replace(degradation, camera_share=1.0)
+    degradation = PairedNoise() if source.test.paired else replace(degradation, camera_share=1.0)
     test_set = noisy_splits(source, degradation)[2]
     found = noise_statistics(test_set)
     title = f"{source.name}, {len(test_set):,} test images, {degradation}"

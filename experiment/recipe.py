@@ -129,11 +129,11 @@ class Recipe:
         return replace(self, epochs=epochs or self.epochs)
 
     def for_images(self, source: ImageSource) -> "Recipe":
-        """The same for pairs, if the source has them: they bring their noise, as it is."""
-        if not source.paired:
-            return self
-        if (task := self.degradation.task) != GaussianNoise.task:
+        """The same for pairs to train on, if the source has them: their noise is there already."""
+        if source.test.paired and (task := self.degradation.task) != GaussianNoise.task:
             raise UserError(f"{source.name} is for --task denoise, not for {task}; drop --task")
+        if not (source.train or source.test).paired:
+            return self
         return replace(self, degradation=PairedNoise(), resize=None, gray_share=0.0)
 
     def batches(self, train_set: NoisyImageDataset, epoch: int) -> Iterator[tuple[Tensor, ...]]:

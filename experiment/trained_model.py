@@ -39,11 +39,11 @@ def images_for(
             raise UserError(f"{other}; name the same ones with --dataset")
     degradation = recipe.degradation
     changes = {name: value for name, value in noise.items() if value is not None}
-    if changes and (degradation.task != "denoise" or source.paired):
+    if changes and (degradation.task != "denoise" or source.test.paired):
         whose = f"{path} was trained for {degradation}"
-        whose = f"{source.name} has noise of its own" if source.paired else whose
+        whose = f"{source.name} has noise of its own" if source.test.paired else whose
         raise UserError(f"{as_option(next(iter(changes)))} is for noise; {whose}; drop it")
-    if source.paired:
+    if source.test.paired:
         degradation = recipe.for_images(source).degradation
     elif isinstance(degradation, PairedNoise) and "noise_level" not in changes:
         words = "was trained on pairs; name pairs with --dataset, or a --noise-level"

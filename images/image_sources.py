@@ -45,6 +45,11 @@ class Split:
     lossless: torch.Tensor  # bool [n], False where the image was stored with lossy compression
     names: Sequence = ()  # of the files that they are from, where they are from files
 
+    @property
+    def paired(self) -> bool:
+        """Whether the images are pairs, the true and the noisy one."""
+        return len(self) > 0 and len(self.images[0]) == 6
+
     def __len__(self):
         return len(self.images)
 
@@ -66,7 +71,6 @@ class ImageSource:
     val: Split
     test: Split
     classes: list
-    paired: bool = False  # whether the images are pairs, the true and the noisy one: [6, h, w]
 
     def nbytes(self) -> int:
         """Of the pixels of all splits, in memory."""
@@ -216,24 +220,38 @@ def _load_folder(folder, data_dir, seed, crop, test_only):
     parts = {"test": folder / "test"} | ({} if test_only else {"train": folder / "train"})
     if test_only and not os.path.isdir(parts["test"]):
         parts["test"] = folder
-    if has_pairs(folder):
-        return _load_pairs(folder, parts, seed, crop)
     for part, place in parts.items():
         if not os.path.isdir(place):
             raise UserError(f"{folder} has no {part}/ folder; put {part} images into it")
+    paired = [part for part, place in parts.items() if has_pairs(place)]
+    if paired and not crop:
+        raise UserError(
+            f"{folder} holds pairs of photographs, and thumbnails are wanted; take a --recipe, or "
+            "a model, for photographs, such as photo"
+        )
+    if "train" in paired:
+        paired = parts  # clean images could not test what they teach
     paths, class_of = {}, {}
     for part, place in parts.items():
+        if part in paired:
+            continue
         paths[part] = list_images(place)
         for path in paths[part]:
             below = path.relative_to(place).parts  # the class is a sub-folder, where there is one
             class_of[path] = printable(below[0]) if len(below) > 1 else ""
-    classes = sorted(set(class_of.values()))
+    classes = sorted(set(class_of.values())) or [""]
+
+    def read(part, fewest):
+        if part in paired:
+            return _read_pairs(parts[part], max(crop, LEAST_SIDE))
+        return _read_split(parts[part], paths[part], class_of, classes, crop, fewest, data_dir)
+
     train = val = None
     if not test_only:
-        both = _read_split(parts["train"], paths["train"], class_of, classes, crop, 2, data_dir)
-        train, val = _divide(*both, seed, WHOLE_VALIDATION_SHARE if crop else VALIDATION_SHARE)
-    test, _ = _read_split(parts["test"], paths["test"], class_of, classes, crop, 1, data_dir)
-    name = printable(f"folder {folder.resolve().name}")
+        share = WHOLE_VALIDATION_SHARE if crop else VALIDATION_SHARE
+        train, val = _divide(*read("train", 2), seed, share)
+    test, _ = read("test", 1)
+    name = printable(f"{'pairs' if test.paired else 'folder'} {folder.resolve().name}")
     return ImageSource(name, str(folder.resolve()), train, val, test, classes)
 
 
@@ -242,23 +260,9 @@ def has_pairs(folder: Path) -> bool:
     return any(os.path.isdir(folder / p / name) for p in ("", "train", "test") for name in PAIR)
 
 
-def _load_pairs(folder, parts, seed, crop):
-    if not crop:
-        raise UserError(
-            f"{folder} holds pairs of photographs, and thumbnails are wanted; take a --recipe, or "
-            "a model, for photographs, such as photo"
-        )
-    splits = {part: _read_pairs(place, max(crop, LEAST_SIDE)) for part, place in parts.items()}
-    train = val = None
-    if "train" in splits:
-        groups = torch.arange(len(splits["train"]))
-        train, val = _divide(splits["train"], groups, seed, WHOLE_VALIDATION_SHARE)
-    name = printable(f"pairs {folder.resolve().name}")
-    return ImageSource(name, str(folder.resolve()), train, val, splits["test"], [""], paired=True)
-
-
 def _read_pairs(folder, least):
-    """The Split of the pairs below a folder's noisy/ and true/; a UserError names one that is none.
+    """(Split, int64 [n], the number of each) of the pairs below a folder's noisy/ and true/; a
+    UserError names one that is none.
 
     A true and a noisy image are of one size and name, whatever the kind of file; and not shifted.
     """
@@ -288,7 +292,7 @@ def _read_pairs(folder, least):
         lossless.append(kept and shot_kept)
     if len(images) < 2:
         raise UserError(f"{folder} holds {len(images)} pairs, at least 2 are needed")
-    return _split(images, [0] * len(images), lossless, crop=True)
+    return _split(images, [0] * len(images), lossless, crop=True), torch.arange(len(images))
 
 
 def _named(folder):

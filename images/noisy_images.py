@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.user_errors import UserError
-from images.degradations import Degradation, Draws, GaussianNoise
+from images.degradations import Degradation, Draws, GaussianNoise, PairedNoise
 from images.image_sources import ImageSource, Split
 
 CROPS_PER_PHOTOGRAPH = 64  # in an epoch, of images that are kept whole
@@ -106,8 +106,9 @@ class NoisyImageDataset(torch.utils.data.Dataset):
 def noisy_splits(source: ImageSource, degradation: Degradation, lossless_share=None) -> tuple:
     """(train, val, test) NoisyImageDatasets with noise of their own; None where a split is missing.
 
-    With a lossless_share, validation is left to the losslessly stored images; raises a UserError if
-    there are not both kinds of files.
+    Pairs keep the noise that they have, whatever the degradation of the others. With a
+    lossless_share, validation is left to the losslessly stored images; raises a UserError if there
+    are not both kinds of files.
     """
     train, val, test = source.train, source.val, source.test
     if lossless_share is not None:
@@ -118,6 +119,6 @@ def noisy_splits(source: ImageSource, degradation: Degradation, lossless_share=N
             )
         val = val[val.lossless]
     return tuple(
-        split and NoisyImageDataset(split, degradation, stream)
+        split and NoisyImageDataset(split, PairedNoise() if split.paired else degradation, stream)
         for stream, split in enumerate((train, val, test))
     )

@@ -1,5 +1,8 @@
 """Layer 6, noise as cameras have it: drawn by its properties, and in pairs of photographs."""
 
+import shutil
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -7,8 +10,10 @@ import skimage.data
 import torch
 from PIL import Image
 
+import ablation_study
 import compare_baselines
 import debug_evaluation
+import debug_test_data
 import denoising_experiment_proper as experiment
 import visualize_proper_results
 import visualize_training_data
@@ -29,6 +34,7 @@ from images.noise_statistics import noise_statistics
 from images.noisy_images import NoisyImageDataset
 from images.training_batches import random_crop, training_batches
 from small_vit import MODELS, SmallViT, load_model
+from studies.study_results import read_study
 
 LEVEL = (10 / 255, 10 / 255)
 
@@ -200,6 +206,38 @@ def test_pairs_train_are_compared_and_drawn(call, pairs, small_picture):
     assert call(compare_baselines, *options).returncode == 0
     options = ("--checkpoint", "m.pt", "--noise-level", 0.1)
     assert_refused(call(compare_baselines, *options), "--noise-level", "noise of its own")
+
+
+def test_clean_photographs_teach_what_pairs_test(call, pairs):
+    """The noise is drawn in training and validation, and that of the camera in the test."""
+    for path in (pairs / "train" / "true").iterdir():
+        path.rename(pairs / "train" / path.name)
+    for folder in ("true", "noisy"):
+        shutil.rmtree(pairs / "train" / folder)
+    options = ("--recipe", "photo", "--crop", 40, "--steps", 2, "--batch-size", 4)
+    process = call(experiment, "--dataset", pairs, *options, "--output", "m.pt")
+    assert process.returncode == 0, process.stderr
+    trained = load_model("m.pt").trained
+    assert trained.recipe.degradation == experiment.RECIPES["photo"].degradation
+    assert trained.recipe.resize and trained.recipe.gray_share
+    assert trained.checkpoint["test"]["noisy_psnr_mean"] == pytest.approx(28.13, abs=0.01)
+    process = call(debug_evaluation, "--checkpoint", "m.pt")
+    assert process.returncode == 0 and "all figures agree" in process.stdout, process.stderr
+    process = call(compare_baselines, "--checkpoint", "m.pt", "--model-only")
+    assert "| noisy input | 28.13 ± 0.00 |" in process.stdout, process.stderr
+    study = ("--variants", "photographs, dense", "--seeds", 0, "--output", "s.json")
+    process = call(ablation_study, "--dataset", pairs, *options, *study)
+    assert process.returncode == 0, process.stderr
+    recipe, rows = read_study(Path("s.json"))
+    assert recipe["noise"] == "camera" and recipe["test_images"] == 2
+    assert 15 < rows[0]["points"][0]["psnr"] < 28.13  # nothing was learned in two steps
+    process = call(debug_test_data, "--dataset", pairs, "--crop", 32)
+    assert process.returncode == 0, process.stdout
+    shared = next((pairs / "test" / "true").iterdir())
+    shutil.copy(shared, pairs / "train" / "shared.png")
+    process = call(debug_test_data, "--dataset", pairs, "--crop", 32)
+    assert process.returncode == 1 and "1 test image in" in process.stdout
+    assert_refused(call(experiment, "--dataset", pairs, *options, "--task", "jpeg"), "--task")
 
 
 def test_training_sees_the_two_of_a_pair_in_one_place(pairs):
