@@ -196,11 +196,11 @@ def run_study(args, recipe, files, device):
     if getattr(recipe.degradation, "noise_level", (1, 1))[1] < 1e-4:
         raise UserError(f"{recipe.degradation}: there is no noise to remove; raise --noise-level")
     source = load_images(args.dataset, args.data_dir, crop=recipe.crop)
-    recipe = recipe.for_images(source)
+    recipe = recipe.for_images(source, vars(args))
     train_set, val_set, test_set = recipe.splits(source)
-    recipe = recipe.of_steps(train_set)
+    recipe, drawn = recipe.of_steps(train_set), not source.train.paired
     settings = {
-        "dataset": source.name,
+        "dataset": source.name + (", tested on pairs" if drawn and source.test.paired else ""),
         "images_sha256": source.sha256(),
         "train_images": len(train_set),
         "test_images": len(test_set),

@@ -85,9 +85,11 @@ def main():
     args = parser.parse_args()
     recipe, problems = changed(Recipe(), vars(args)), []
     source = load_images(args.dataset, args.data_dir, recipe.seed, recipe.crop)
-    recipe = recipe.for_images(source)
-    print(f"{source.name}: {len(source.classes)} classes, {recipe.degradation}")
-    for name, dataset in zip(("train", "val", "test"), recipe.splits(source), strict=True):
+    recipe = recipe.for_images(source, vars(args))
+    splits = recipe.splits(source)
+    noise = ", ".join(dict.fromkeys(str(split.degradation) for split in splits))
+    print(f"{source.name}: {len(source.classes)} classes, {noise}")
+    for name, dataset in zip(("train", "val", "test"), splits, strict=True):
         problems += inspect(name, dataset, recipe.crop)
     for name, other in (("val", source.val), ("train", source.train)):
         shared = shared_images(source.test.images, other.images)

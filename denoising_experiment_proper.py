@@ -317,7 +317,7 @@ def run_experiment(args, recipe, files, device):
     wait_if(rank() > 0)  # the first process downloads
     source = load_images(args.dataset, args.data_dir, recipe.seed, recipe.crop)
     wait_if(rank() == 0)
-    recipe = recipe.for_images(source)
+    recipe = recipe.for_images(source, vars(args))
     train_set, val_set, test_set = recipe.splits(source)
     check_shares(recipe.batch_size, train_set.epoch_size)
     recipe = recipe.of_steps(train_set)
@@ -363,7 +363,7 @@ def run_experiment(args, recipe, files, device):
     write_checkpoint(checkpoint, files.checkpoint)
     write_figure(draw_history(state["history"]), files.curve, dpi=150)
     files.resume.unlink(missing_ok=True)
-    print(results_box(checkpoint, result, device))
+    print(results_box(checkpoint, test_set.degradation, result, device))
     print(f"wrote {files.checkpoint}, {files.history} and {files.curve}")
     print(result_line(result.psnr, result.ssim, source.name))
     return 0

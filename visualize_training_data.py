@@ -22,7 +22,6 @@ from common.user_errors import UserError, counted, run_main
 from experiment import command_line as cli
 from experiment.recipe import Recipe, changed
 from experiment.reports import print_head, print_row
-from images.degradations import PairedNoise
 from images.image_sources import SIZE, has_pairs, load_images
 from images.noise_statistics import BINS, COLOURS, DISTANCES, noise_statistics
 from images.noisy_images import NoisyImageDataset, noisy_splits
@@ -180,10 +179,12 @@ def draw_statistics(dataset: NoisyImageDataset, found: dict, title: str) -> Figu
     return figure
 
 
-def show_statistics(args, degradation) -> int:
+def show_statistics(args, recipe) -> int:
     """Prints and draws the noise of whole test images: a camera's as drawn, or that of pairs."""
     source = load_images(args.dataset, args.data_dir, args.seed, crop=SIZE, test_only=True)
-    degradation = PairedNoise() if source.test.paired else replace(degradation, camera_share=1.0)
+    degradation = recipe.for_images(source, vars(args)).degradation
+    if not source.test.paired:
+        degradation = replace(degradation, camera_share=1.0)
     test_set = noisy_splits(source, degradation)[2]
     found = noise_statistics(test_set)
     title = f"{source.name}, {len(test_set):,} test images, {degradation}"
@@ -206,10 +207,11 @@ def main():
     what = "picture to write, in place of an earlier one"
     cli.add_output(parser, "training_data_verification.png", what)
     args = parser.parse_args()
-    degradation = changed(Recipe(), vars(args)).degradation
+    recipe = changed(Recipe(), vars(args))
+    degradation = recipe.degradation
     check_picture(args.output)
     if degradation.noise == "camera" or has_pairs(Path(args.dataset)):
-        return show_statistics(args, degradation)
+        return show_statistics(args, recipe)
     source = load_images(args.dataset, args.data_dir, args.seed)
     train_set = noisy_splits(source, degradation)[0]
     batches = training_batches(train_set, MEASURED_IMAGES, args.seed, epoch=1, with_sigma=True)

@@ -15,6 +15,7 @@ from common.user_errors import UserError
 from experiment.data_parallel import rank, world_size
 from images.degradations import (
     KINDS,
+    NOISES,
     Degradation,
     GaussianNoise,
     PairedNoise,
@@ -128,12 +129,21 @@ class Recipe:
         epochs = self.steps and math.ceil(self.steps / train_set.steps_per_epoch(self.batch_size))
         return replace(self, epochs=epochs or self.epochs)
 
-    def for_images(self, source: ImageSource) -> "Recipe":
-        """The same for pairs to train on, if the source has them: their noise is there already."""
+    def for_images(self, source: ImageSource, given: Mapping[str, Any] | None = None) -> "Recipe":
+        """The same for pairs to train on, if the source has them: their noise is there already.
+
+        A UserError if it is for another task than noise, or an option that is given, not None, says
+        how to draw noise.
+        """
         if source.test.paired and (task := self.degradation.task) != GaussianNoise.task:
-            raise UserError(f"{source.name} is for --task denoise, not for {task}; drop --task")
+            advice = "name other images with --dataset, or drop --task"
+            raise UserError(f"{source.name} holds pairs of noise, not for {task}; {advice}")
         if not (source.train or source.test).paired:
             return self
+        of_noise = [declared.name for kind in NOISES.values() for declared in fields(kind)]
+        for name in (*of_noise, "noise", "resize", "gray_share"):
+            if given and given.get(name) is not None:
+                raise UserError(f"{as_option(name)}: {source.name} has noise of its own; drop it")
         return replace(self, degradation=PairedNoise(), resize=None, gray_share=0.0)
 
     def batches(self, train_set: NoisyImageDataset, epoch: int) -> Iterator[tuple[Tensor, ...]]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.user_errors import counted
 from experiment.evaluation import Evaluation, psnr_of, spread
-from images.degradations import degradation_of
+from images.degradations import Degradation
 
 
 def table_head(*columns: str) -> str:
@@ -63,9 +63,11 @@ def framed(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([f"╔{f' {title} ':═^{inner}}╗", *lines, f"╚{'═' * inner}╝"])
 
 
-def results_box(checkpoint: dict, result: Evaluation, device: torch.device) -> str:
+def results_box(
+    checkpoint: dict, degradation: Degradation, result: Evaluation, device: torch.device
+) -> str:
+    """Of a run, tested with this degradation."""
     recipe, minutes = checkpoint["recipe"], checkpoint["train_seconds"] / 60
-    degradation = degradation_of(recipe)
     of_noise = degradation.task == "denoise"
     before, after = ("noisy", "denoised") if of_noise else ("degraded", "restored")
     experts = "experts, none" if checkpoint["config"].get("capacity") else "experts"

@@ -220,30 +220,35 @@ def _load_folder(folder, data_dir, seed, crop, test_only):
     parts = {"test": folder / "test"} | ({} if test_only else {"train": folder / "train"})
     if test_only and not os.path.isdir(parts["test"]):
         parts["test"] = folder
-    for part, place in parts.items():
-        if not os.path.isdir(place):
-            raise UserError(f"{folder} has no {part}/ folder; put {part} images into it")
-    paired = [part for part, place in parts.items() if has_pairs(place)]
-    if paired and not crop:
+    if has_pairs(folder) and not crop:
         raise UserError(
             f"{folder} holds pairs of photographs, and thumbnails are wanted; take a --recipe, or "
             "a model, for photographs, such as photo"
         )
-    if "train" in paired:
-        paired = parts  # clean images could not test what they teach
-    paths, class_of = {}, {}
     for part, place in parts.items():
-        if part in paired:
-            continue
-        paths[part] = list_images(place)
+        if not os.path.isdir(place):
+            raise UserError(f"{folder} has no {part}/ folder; put {part} images into it")
+    if has_pairs(folder, ["train"]) and not has_pairs(parts["test"], [""]):
+        wanted = f"put pairs, noisy/ and true/, into {folder / 'test'}"
+        raise UserError(f"{folder / 'train'} holds pairs, which only pairs can test; {wanted}")
+    paired = [part for part, place in parts.items() if has_pairs(place, [""])]
+    paths, class_of = {}, {}
+    for part in [part for part in parts if part not in paired]:
+        paths[part] = list_images(place := parts[part])
         for path in paths[part]:
             below = path.relative_to(place).parts  # the class is a sub-folder, where there is one
             class_of[path] = printable(below[0]) if len(below) > 1 else ""
+        folders = {path.parent.name.lower() for path in paths[part]}
+        if folders.issuperset(PAIR):
+            right = f"pairs are {place / PAIR[1]} and {place / PAIR[0]}"
+            raise UserError(
+                f"{place} has folders noisy and true elsewhere; {right}, move them there"
+            )
     classes = sorted(set(class_of.values())) or [""]
 
     def read(part, fewest):
         if part in paired:
-            return _read_pairs(parts[part], max(crop, LEAST_SIDE))
+            return _read_pairs(parts[part], max(crop, LEAST_SIDE), fewest)
         return _read_split(parts[part], paths[part], class_of, classes, crop, fewest, data_dir)
 
     train = val = None
@@ -251,16 +256,17 @@ def _load_folder(folder, data_dir, seed, crop, test_only):
         share = WHOLE_VALIDATION_SHARE if crop else VALIDATION_SHARE
         train, val = _divide(*read("train", 2), seed, share)
     test, _ = read("test", 1)
-    name = printable(f"{'pairs' if test.paired else 'folder'} {folder.resolve().name}")
+    kind = "pairs" if (train or test).paired else "folder"
+    name = printable(f"{kind} {folder.resolve().name}")
     return ImageSource(name, str(folder.resolve()), train, val, test, classes)
 
 
-def has_pairs(folder: Path) -> bool:
+def has_pairs(folder: Path, parts: Sequence[str] = ("", "train", "test")) -> bool:
     """Whether it, or its train/ or test/, holds pairs: noisy/ and true/."""
-    return any(os.path.isdir(folder / p / name) for p in ("", "train", "test") for name in PAIR)
+    return any(os.path.isdir(folder / part / name) for part in parts for name in PAIR)
 
 
-def _read_pairs(folder, least):
+def _read_pairs(folder, least, fewest):
     """(Split, int64 [n], the number of each) of the pairs below a folder's noisy/ and true/; a
     UserError names one that is none.
 
@@ -290,8 +296,12 @@ def _read_pairs(folder, least):
             raise UserError(f"{files[1]} lies {where} its truth; align the two")
         images.append(np.concatenate([clean, shot], 2))
         lossless.append(kept and shot_kept)
-    if len(images) < 2:
-        raise UserError(f"{folder} holds {len(images)} pairs, at least 2 are needed")
+    if len(images) < fewest:
+        needed = "training takes 2 or more and testing 1; add some"
+        raise UserError(f"{folder} holds {counted(len(images), 'pair')}; {needed}")
+    if beside := [p for p in list_images(folder) if p.relative_to(folder).parts[0] not in PAIR]:
+        warning = f"warning: {counted(len(beside), 'file')} beside {folder}/noisy and true"
+        print(printable(f"{warning} not read: {beside[0]}"), file=sys.stderr)
     return _split(images, [0] * len(images), lossless, crop=True), torch.arange(len(images))
 
 

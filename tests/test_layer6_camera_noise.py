@@ -1,5 +1,6 @@
 """Layer 6, noise as cameras have it: drawn by its properties, and in pairs of photographs."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import denoising_experiment_proper as experiment
 import visualize_proper_results
 import visualize_training_data
 from common.options import BadOption
-from conftest import assert_refused, write_images
+from conftest import ROOT, assert_refused, write_images
 from experiment.checkpoints import Trained
 from experiment.tiling import denoise, noise_at_sizes, whole_noise
 from images.camera_noise import NUMBERS, PROPERTIES
@@ -191,6 +192,16 @@ def test_pairs_train_are_compared_and_drawn(call, pairs, small_picture):
     process = call(experiment, "--dataset", pairs, *options, "--output", "m.pt")
     assert process.returncode == 0, process.stderr
     assert "noise of its own" in process.stdout
+    for option, *values in (
+        ("--noise-level", 0.02, 0.1),
+        ("--noise", "gaussian"),
+        ("--gray-share", 1),
+    ):
+        refused = call(experiment, "--dataset", pairs, *options, option, *values)
+        assert_refused(refused, option, "noise of its own")
+    assert_refused(
+        call(visualize_training_data, "--dataset", pairs, "--noise", "camera"), "--noise"
+    )
     recipe = load_model("m.pt").trained.recipe
     assert recipe.degradation == PairedNoise() and recipe.resize is None
     process = call(debug_evaluation, "--checkpoint", "m.pt")
@@ -217,6 +228,7 @@ def test_clean_photographs_teach_what_pairs_test(call, pairs):
     options = ("--recipe", "photo", "--crop", 40, "--steps", 2, "--batch-size", 4)
     process = call(experiment, "--dataset", pairs, *options, "--output", "m.pt")
     assert process.returncode == 0, process.stderr
+    assert re.search(r"║ noise +noise of its own", process.stdout)
     trained = load_model("m.pt").trained
     assert trained.recipe.degradation == experiment.RECIPES["photo"].degradation
     assert trained.recipe.resize and trained.recipe.gray_share
@@ -229,7 +241,7 @@ def test_clean_photographs_teach_what_pairs_test(call, pairs):
     process = call(ablation_study, "--dataset", pairs, *options, *study)
     assert process.returncode == 0, process.stderr
     recipe, rows = read_study(Path("s.json"))
-    assert recipe["noise"] == "camera" and recipe["test_images"] == 2
+    assert recipe["noise"] == "camera" and recipe["dataset"].endswith("tested on pairs")
     assert 15 < rows[0]["points"][0]["psnr"] < 28.13  # nothing was learned in two steps
     process = call(debug_test_data, "--dataset", pairs, "--crop", 32)
     assert process.returncode == 0, process.stdout
@@ -255,6 +267,22 @@ def test_what_is_no_pair_is_named(call, pairs):
     noisy = pairs / "test" / "noisy"
     assert_refused(call(experiment, "--dataset", pairs), "pairs", "--recipe")
     assert_refused(call(experiment, *arguments, "--task", "jpeg"), "--task")
+    clean = write_images(pairs.parent / "clean" / "test", 2, (48, 40))[0].parent.parent
+    shutil.copytree(pairs / "train", clean / "train")
+    of_photographs = ("--checkpoint", ROOT / "models" / "photo.pt")
+    for script, options in (
+        (experiment, arguments[:4]),
+        (visualize_training_data, ()),
+        (compare_baselines, of_photographs),
+    ):
+        process = call(script, *options, "--dataset", clean)
+        assert_refused(process, "only pairs can test", clean / "test")
+    shutil.copytree(pairs / "test", clean / "test" / "scene")
+    shutil.rmtree(clean / "train" / "noisy")
+    (clean / "train" / "true").rename(clean / "train" / "some")
+    assert_refused(
+        call(experiment, *arguments[:4], "--dataset", clean), "elsewhere", clean / "test"
+    )
     (noisy / "000.png").rename(noisy / "other.png")
     assert_refused(call(experiment, *arguments), "000.png", "no partner", noisy)
     (noisy / "other.png").unlink()
@@ -262,6 +290,21 @@ def test_what_is_no_pair_is_named(call, pairs):
     assert_refused(call(experiment, *arguments), "000.png", "40×48", "48×40")
     (noisy / "000.png").write_text("no image")
     assert_refused(call(experiment, *arguments), "000.png", "cannot be read")
+
+
+def test_a_single_pair_can_test_but_not_train(call, pairs):
+    for part in ("train", "test"):
+        for path in sorted((pairs / part).rglob("*.png")):
+            if path.stem != "000":
+                path.unlink()
+    options = ("--dataset", pairs, "--checkpoint", ROOT / "models" / "photo.pt", "--model-only")
+    process = call(compare_baselines, *options)
+    assert process.returncode == 0 and "1 test image" in process.stdout, process.stderr
+    write_images(pairs / "test", 1)
+    process = call(compare_baselines, *options)
+    assert process.returncode == 0 and "1 file beside" in process.stderr
+    process = call(experiment, "--recipe", "photo", "--crop", 32, "--dataset", pairs)
+    assert_refused(process, "1 pair; training takes 2")
 
 
 def test_a_shifted_pair_is_noticed(photos):
