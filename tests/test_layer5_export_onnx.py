@@ -10,6 +10,7 @@ import torch
 
 import export_onnx
 from conftest import ROOT
+from experiment.checkpoints import write_checkpoint
 from images.degradations import Holes
 from small_vit import MODELS, SmallViT, load_model
 
@@ -37,15 +38,20 @@ def test_model_of_the_page_is_the_shipped_one(seeded):
 
 
 def test_exported_file_says_what_it_is(call, tmp_path, seeded):
-    done = call(export_onnx, "--checkpoint", ROOT / "models" / "gaussian.pt")
-    assert done.returncode == 0 and "wrote gaussian.onnx" in done.stdout
-    file = onnx.load(tmp_path / "gaussian.onnx")
+    """Of a model that keeps 16 keys of as many tokens as an image of any size has."""
+    checkpoint = torch.load(ROOT / "models" / "gaussian.pt", weights_only=True)
+    checkpoint["config"]["k_attend"] = (16,)
+    checkpoint["recipe"]["model"] = "photographs"
+    write_checkpoint(checkpoint, tmp_path / "sparse.pt")
+    done = call(export_onnx, "--checkpoint", "sparse.pt")
+    assert done.returncode == 0 and "wrote sparse.onnx" in done.stdout
+    file = onnx.load(tmp_path / "sparse.onnx")
     onnx.checker.check_model(file, full_check=True)
     about = {entry.key: entry.value for entry in file.metadata_props}
     assert about["input"].startswith("noisy: float32 [1, 3, h, w], RGB in [0, 1], h and w above 16")
     assert "574,213 parameters" in about["model"] and "unclipped" in about["description"]
     assert "small_vit" not in str(file.graph.node)
-    check(load_model("gaussian"), tmp_path / "gaussian.onnx", [(17, 18), (33, 62)])
+    check(load_model("sparse.pt"), tmp_path / "sparse.onnx", [(17, 18), (33, 62)])
 
 
 def test_models_with_a_share_of_tokens_have_a_fixed_size(tmp_path, seeded):

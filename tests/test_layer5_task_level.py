@@ -115,7 +115,6 @@ def test_checkpoint_says_where_it_comes_from(trained):
         ("best_denoising_model_proper.pt", "published", 26.157, 0.7545),
         ("models/refined.pt", "refined", 26.936, 0.7851),
         ("models/routed.pt", "routed", 24.225, 0.6492),  # σ = 0.2 is none of its training
-        ("models/gaussian.pt", "photographs", 25.807, 0.7556),  # of unclipped noise
     ],
 )
 def test_shipped_checkpoints_are_the_models_of_the_options_and_their_recipes(
