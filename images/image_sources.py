@@ -212,26 +212,7 @@ def list_images(folder: Path, strict: bool = True) -> list[Path]:
 
 
 def _load_folder(folder, data_dir, seed, crop, test_only):
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"--dataset {folder}: no such folder; name one with train/ and test/ image files, "
-            "or use cifar10 or photos"
-        )
-    parts = {"test": folder / "test"} | ({} if test_only else {"train": folder / "train"})
-    if test_only and not os.path.isdir(parts["test"]):
-        parts["test"] = folder
-    if has_pairs(folder) and not crop:
-        raise UserError(
-            f"{folder} holds pairs of photographs, and thumbnails are wanted; take a --recipe, or "
-            "a model, for photographs, such as photo"
-        )
-    for part, place in parts.items():
-        if not os.path.isdir(place):
-            raise UserError(f"{folder} has no {part}/ folder; put {part} images into it")
-    if has_pairs(folder, ["train"]) and not has_pairs(parts["test"], [""]):
-        wanted = f"put pairs, noisy/ and true/, into {folder / 'test'}"
-        raise UserError(f"{folder / 'train'} holds pairs, which only pairs can test; {wanted}")
-    paired = [part for part, place in parts.items() if has_pairs(place, [""])]
+    parts, paired = _parts_of(folder, crop, test_only)
     paths, class_of = {}, {}
     for part in [part for part in parts if part not in paired]:
         paths[part] = list_images(place := parts[part])
@@ -259,6 +240,32 @@ def _load_folder(folder, data_dir, seed, crop, test_only):
     kind = "pairs" if (train or test).paired else "folder"
     name = printable(f"{kind} {folder.resolve().name}")
     return ImageSource(name, str(folder.resolve()), train, val, test, classes)
+
+
+def _parts_of(folder, crop, test_only):
+    """({"test": its folder, "train": its folder unless test_only}, those of them that hold pairs);
+    a UserError where one is missing or pairs cannot be used.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"--dataset {folder}: no such folder; name one with train/ and test/ image files, "
+            "or use cifar10 or photos"
+        )
+    parts = {"test": folder / "test"} | ({} if test_only else {"train": folder / "train"})
+    if test_only and not os.path.isdir(parts["test"]):
+        parts["test"] = folder
+    if has_pairs(folder) and not crop:
+        raise UserError(
+            f"{folder} holds pairs of photographs, and thumbnails are wanted; take a --recipe, or "
+            "a model, for photographs, such as photo"
+        )
+    for part, place in parts.items():
+        if not os.path.isdir(place):
+            raise UserError(f"{folder} has no {part}/ folder; put {part} images into it")
+    if has_pairs(folder, ["train"]) and not has_pairs(parts["test"], [""]):
+        wanted = f"put pairs, noisy/ and true/, into {folder / 'test'}"
+        raise UserError(f"{folder / 'train'} holds pairs, which only pairs can test; {wanted}")
+    return parts, [part for part, place in parts.items() if has_pairs(place, [""])]
 
 
 def has_pairs(folder: Path, parts: Sequence[str] = ("", "train", "test")) -> bool:
