@@ -198,9 +198,10 @@ def run_study(args, recipe, files, device):
     source = load_images(args.dataset, args.data_dir, crop=recipe.crop)
     recipe = recipe.for_images(source, vars(args))
     train_set, val_set, test_set = recipe.splits(source)
-    recipe, drawn = recipe.of_steps(train_set), not source.train.paired
+    recipe = recipe.of_steps(train_set)
+    mixed = source.test.paired and not source.train.paired
     settings = {
-        "dataset": source.name + (", tested on pairs" if drawn and source.test.paired else ""),
+        "dataset": source.name + (", tested on pairs" if mixed else ""),
         "images_sha256": source.sha256(),
         "train_images": len(train_set),
         "test_images": len(test_set),

@@ -27,6 +27,7 @@ VALIDATION_SHARE = 0.2  # CIFAR-10: 40,000 / 10,000 of the 50,000 training image
 WHOLE_VALIDATION_SHARE = 0.05  # of photographs, which have thousands of times the pixels
 CROPS_PER_FILE = 64  # at most, from one large image of a folder
 PAIR = ("true", "noisy")  # folders of pairs
+FEWEST = "training takes 2 or more and testing 1"
 MOST_SHIFT, LEAST_RESPONSE = 1.5, 0.25  # pixels; of a phase correlation that is to be trusted
 # Whole photographs per split, so that no test crop has a neighbour among the training crops.
 PHOTOS = {
@@ -286,6 +287,8 @@ def _read_pairs(folder, least, fewest):
             raise UserError(
                 f"{some[alone[0]]} has no partner, {partner}; add it or remove this one"
             )
+    if len(true) < fewest:
+        raise UserError(f"{folder} holds {counted(len(true), 'pair')}; {FEWEST}; add some")
     images, lossless = [], []
     for name in tqdm(sorted(true), f"reading {folder.name}", leave=False, disable=None):
         files = true[name], noisy[name]
@@ -303,9 +306,6 @@ def _read_pairs(folder, least, fewest):
             raise UserError(f"{files[1]} lies {where} its truth; align the two")
         images.append(np.concatenate([clean, shot], 2))
         lossless.append(kept and shot_kept)
-    if len(images) < fewest:
-        needed = "training takes 2 or more and testing 1; add some"
-        raise UserError(f"{folder} holds {counted(len(images), 'pair')}; {needed}")
     if beside := [p for p in list_images(folder) if p.relative_to(folder).parts[0] not in PAIR]:
         warning = f"warning: {counted(len(beside), 'file')} beside {folder}/noisy and true"
         print(printable(f"{warning} not read: {beside[0]}"), file=sys.stderr)
@@ -341,8 +341,7 @@ def _read_split(folder, paths, class_of, classes, crop, fewest, data_dir):
     if len(files) < fewest:
         raise UserError(
             f"{folder} holds {counted(len(files), 'readable image file')} of at least "
-            f"{least}×{least} pixels; "
-            "training takes 2 or more and testing 1" + (f" ({warning})" if len(skipped) else "")
+            f"{least}×{least} pixels; " + FEWEST + (f" ({warning})" if len(skipped) else "")
         )
     if len(skipped):
         print(printable(f"warning: {warning}"), file=sys.stderr)

@@ -38,6 +38,7 @@ from small_vit import MODELS, SmallViT, load_model
 from studies.study_results import read_study
 
 LEVEL = (10 / 255, 10 / 255)
+TWO_STEPS = ("--recipe", "photo", "--crop", 40, "--steps", 2, "--batch-size", 4)
 
 
 def of_ramps(grey=False):
@@ -188,8 +189,7 @@ def pairs(tmp_path):
 
 
 def test_pairs_train_are_compared_and_drawn(call, pairs, small_picture):
-    options = ("--recipe", "photo", "--crop", 40, "--steps", 2, "--batch-size", 4)
-    process = call(experiment, "--dataset", pairs, *options, "--output", "m.pt")
+    process = call(experiment, "--dataset", pairs, *TWO_STEPS, "--output", "m.pt")
     assert process.returncode == 0, process.stderr
     assert "noise of its own" in process.stdout
     for option, *values in (
@@ -197,7 +197,7 @@ def test_pairs_train_are_compared_and_drawn(call, pairs, small_picture):
         ("--noise", "gaussian"),
         ("--gray-share", 1),
     ):
-        refused = call(experiment, "--dataset", pairs, *options, option, *values)
+        refused = call(experiment, "--dataset", pairs, *TWO_STEPS, option, *values)
         assert_refused(refused, option, "noise of its own")
     assert_refused(
         call(visualize_training_data, "--dataset", pairs, "--noise", "camera"), "--noise"
@@ -225,8 +225,7 @@ def test_clean_photographs_teach_what_pairs_test(call, pairs):
         path.rename(pairs / "train" / path.name)
     for folder in ("true", "noisy"):
         shutil.rmtree(pairs / "train" / folder)
-    options = ("--recipe", "photo", "--crop", 40, "--steps", 2, "--batch-size", 4)
-    process = call(experiment, "--dataset", pairs, *options, "--output", "m.pt")
+    process = call(experiment, "--dataset", pairs, *TWO_STEPS, "--output", "m.pt")
     assert process.returncode == 0, process.stderr
     assert re.search(r"║ noise +noise of its own", process.stdout)
     trained = load_model("m.pt").trained
@@ -238,7 +237,7 @@ def test_clean_photographs_teach_what_pairs_test(call, pairs):
     process = call(compare_baselines, "--checkpoint", "m.pt", "--model-only")
     assert "| noisy input | 28.13 ± 0.00 |" in process.stdout, process.stderr
     study = ("--variants", "photographs, dense", "--seeds", 0, "--output", "s.json")
-    process = call(ablation_study, "--dataset", pairs, *options, *study)
+    process = call(ablation_study, "--dataset", pairs, *TWO_STEPS, *study)
     assert process.returncode == 0, process.stderr
     recipe, rows = read_study(Path("s.json"))
     assert recipe["noise"] == "camera" and recipe["dataset"].endswith("tested on pairs")
@@ -249,7 +248,7 @@ def test_clean_photographs_teach_what_pairs_test(call, pairs):
     shutil.copy(shared, pairs / "train" / "shared.png")
     process = call(debug_test_data, "--dataset", pairs, "--crop", 32)
     assert process.returncode == 1 and "1 test image in" in process.stdout
-    assert_refused(call(experiment, "--dataset", pairs, *options, "--task", "jpeg"), "--task")
+    assert_refused(call(experiment, "--dataset", pairs, *TWO_STEPS, "--task", "jpeg"), "--task")
 
 
 def test_training_sees_the_two_of_a_pair_in_one_place(pairs):
